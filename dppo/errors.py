@@ -1,0 +1,10 @@
+"""Errors that are the user's to mend: shown as one line, without a traceback, with exit status 2."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the key or file, the value, and what to do about it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
