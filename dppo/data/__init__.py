@@ -1,1 +1,24 @@
-"""Where examples come from, and how they become tokens and batches."""
+"""Where prompts, demonstrations and preferences come from, and how they become tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from dppo.types import Json, PreferenceExample, Prompt, Split
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A data set: a frozen dataclass of settings with these methods. Splits share no prompt."""
+
+    def identity(self) -> dict[str, Json]:
+        """Everything that determines the content; part of cache fingerprints."""
+
+    def chats(self, split: Split) -> list[PreferenceExample]:
+        """Demonstrations for SFT: each example has one ``chosen`` response."""
+
+    def pairs(self, split: Split) -> list[PreferenceExample]:
+        """Preferences: each example has a ``chosen`` and a ``rejected`` response."""
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        """The prompts to be answered in an evaluation, unique by ``prompt_id``."""

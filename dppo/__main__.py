@@ -1,0 +1,188 @@
+"""``python -m dppo``: Hydra composes, the typed door checks, the pipeline runs, the objectives are returned."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dppo import config
+from dppo.command_line import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    complain,
+    dotted,
+    explain_composition,
+)
+from dppo.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# More jobs than this are not all composed before the first one; every swept value is still checked once.
+_CHECKED_JOBS = 200
+
+
+def run_job(composed: DictConfig) -> float | tuple[float, ...]:
+    """One job of Hydra's: the values of ``objectives``, one as a float, several as a tuple."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    directory = Path(hydra.runtime.output_dir)
+    experiment = config.load(composed, overrides)
+    from dppo import pipeline
+    from dppo.loop import Interrupted
+
+    resolved = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(resolved, dict)
+    try:
+        values = pipeline.run(
+            experiment,
+            directory,
+            resolved={str(key): value for key, value in resolved.items() if value != "???"},
+            overrides=overrides,
+        )
+    except Interrupted as stop:
+        # Not an Exception: a multirun must stop as well.
+        raise KeyboardInterrupt(str(stop)) from None
+    except UserError as error:
+        if hydra.mode.name == "MULTIRUN":
+            # The other jobs go on; which one failed is said at once, and again by the exit status.
+            complain(f"job {hydra.job.num} ({' '.join(overrides)}): {error}")
+        raise
+    return values[0] if len(values) == 1 else values
+
+
+def main() -> int:
+    """Run the command line of this process; returns the exit status."""
+    from hydra.errors import HydraException
+
+    # One BLAS and tokenizer thread pool is enough; forked tokenizers would warn on every run.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Our own one-line messages replace Hydra's report of exceptions.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    typed = sys.argv[1:]
+    try:
+        arguments = config.canonical(typed)
+    except UserError as error:
+        return complain(str(error))
+    sys.argv[1:] = arguments
+    checking = _runs_something(arguments)
+    overrides = [word for word in arguments if not word.startswith("-")]
+    if not any(word.startswith("hydra.searchpath=") for word in overrides):
+        sys.argv.append(f"hydra.searchpath=[file://{config.SWEEPS_DIR}]")
+    try:
+        if checking:
+            _check(overrides, multirun=checking == "multirun")
+        import hydra
+
+        hydra.main(version_base=None, config_path=str(config.CONF_DIR), config_name="config")(run_job)()
+    except UserError as error:
+        return complain(str(error))
+    except HydraException as error:
+        return complain(explain_composition(error, overrides, _known_keys()))
+    except KeyboardInterrupt as stop:
+        said = str(stop)
+        print(f"interrupted{': ' + said if said else ''}; the same command continues", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except PermissionError as error:
+        return complain(f"{error.filename}: not writable ({error.strerror}); choose another hydra.run.dir or cache.dir")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return complain(f"{error.filename}: {error.strerror}")
+    except Exception:
+        logging.getLogger("dppo").exception("this is a bug in dppo; please report it with the lines below")
+        return EXIT_FAILED
+    return 0
+
+
+def _runs_something(arguments: Sequence[str]) -> str | None:
+    """``run``, ``multirun``, or None for the flags that only print."""
+    flags = {word.partition("=")[0] for word in arguments if word.startswith("-")}
+    if flags & {
+        "--help",
+        "-h",
+        "--hydra-help",
+        "--version",
+        "--cfg",
+        "-c",
+        "--info",
+        "-i",
+        "--shell-completion",
+        "-sc",
+    }:
+        return None
+    return "multirun" if flags & {"-m", "--multirun"} else "run"
+
+
+def _check(overrides: Sequence[str], *, multirun: bool) -> None:
+    """Compose and check every job before the first one starts, so that nothing is half-written."""
+    if not multirun:
+        config.load(config.compose(overrides), overrides)
+        return
+    jobs = _jobs(overrides)
+    for number, job in enumerate(jobs):
+        try:
+            config.load(config.compose(job), job)
+        except UserError as error:
+            raise UserError(f"job {number} ({' '.join(job)}): {error}") from None
+
+
+def _jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every job that Hydra's basic sweeper would launch, in its order."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser = OverridesParser.create()
+    words = list(overrides)
+    fixed = [
+        word
+        for word, parsed in zip(words, parser.parse_overrides(words), strict=True)
+        if not parsed.is_sweep_override()
+    ]
+    base: Any = config.compose(fixed, with_hydra=True)
+    sweeper = base.hydra.sweeper
+    if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
+        return [fixed]
+    typed = {word.partition("=")[0] for word in words}
+    preset = [f"{key}={value}" for key, value in (sweeper.params or {}).items() if key not in typed]
+    words = [*preset, *words]
+    parsed = parser.parse_overrides(words)
+    n_jobs = 1
+    for override in parsed:
+        n_jobs *= len(list(override.sweep_string_iterator())) if override.is_discrete_sweep() else 1
+    if n_jobs <= _CHECKED_JOBS:
+        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        return [list(job) for batch in batches for job in batch]
+    # Too many to compose one by one: each value of each swept key once, beside the first value of the others.
+    swept = [
+        [f"{item.key_or_group}={value}" for value in item.sweep_string_iterator()]
+        for item in parsed
+        if item.is_discrete_sweep()
+    ]
+    firsts = [values[0] for values in swept]
+    return [
+        [*fixed, *firsts[:place], value, *firsts[place + 1 :]]
+        for place, value in itertools.chain.from_iterable(
+            ((place, value) for value in values) for place, values in enumerate(swept)
+        )
+    ]
+
+
+def _known_keys() -> list[str]:
+    from omegaconf import OmegaConf
+
+    base = OmegaConf.to_container(config.compose(), resolve=False)
+    assert isinstance(base, dict)
+    return dotted({str(key): value for key, value in base.items()})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

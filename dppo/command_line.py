@@ -1,0 +1,70 @@
+"""Shared by the commands: one line for what the user must mend, and the status the shell sees."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def complain(message: str) -> int:
+    """Print the one line and return the exit status of a user's error."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
+
+
+def explain_composition(error: Exception, overrides: Sequence[str], known: Iterable[str]) -> str:
+    """One line for an exception of Hydra's while composing; ``known`` are the keys that exist by default."""
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'\.?(.*)", text, re.DOTALL):
+        return _unknown_key(match[1], match[2], overrides, list(known))
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, option = match[1], match[2]
+        options = re.findall(r"^\t(\w+)$", text, re.MULTILINE)
+        near = difflib.get_close_matches(option, options, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        listed = f" Options: {', '.join(options)}" if options else " The group has no options yet"
+        return f"{group}={option}: there is no such option.{hint}{listed}"
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match[1]}: several values need a multirun: add -m (or --multirun) as the last word"
+    if match := re.search(r"Error parsing override '([^']*)'\n([^\n]*)", text):
+        reason = re.sub(r"expecting \{.*\}", "here", match[2])
+        return f"{match[1]}: not an override ({reason}); write key=value, group=option or +key=value"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__
+
+
+def _unknown_key(key: str, rest: str, overrides: Sequence[str], known: Sequence[str]) -> str:
+    typed = next((override for override in overrides if override.lstrip("+~").startswith(key)), key)
+    if "defaults list" in rest or "Did you mean to override" in rest:
+        group = re.split(r"[/@]", key)[0]
+        return (
+            f"{typed}: nothing in this run uses {key} (the chosen {'loss' if group in ('loss', 'penalty') else group} "
+            f"does not take it); drop it, or choose an option that does, for instance loss=unll"
+        )
+    parent, _, last = key.rpartition(".")
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
+    if near:
+        return f"{typed}: unknown key. Did you mean {f'{parent}.' if parent else ''}{near[0]}?"
+    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
+    if elsewhere:
+        return f"{typed}: unknown key. Did you mean {elsewhere[0]}?"
+    where = f"in {parent}" if parent else "at the top"
+    return f"{typed}: unknown key. Known {where}: {', '.join(sorted(siblings)) or 'none'}"
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Every key of a nested mapping by its dotted name, branches included."""
+    names = []
+    for key, value in values.items():
+        names.append(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            names += dotted(value, f"{prefix}{key}.")
+    return names

@@ -1,0 +1,535 @@
+"""The typed door: a composed Hydra configuration goes in, frozen and checked settings come out.
+
+Past ``load`` no ``DictConfig`` exists. Values live in ``conf/`` only; the dataclasses here have no defaults.
+A mapping with ``_target_`` builds that class (inside ``dppo.`` unless ``allowed_targets`` names another prefix),
+every key is checked against the class's fields and types, and every class checks its own ranges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from dppo.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from dppo.data import Dataset
+    from dppo.generation import Greedy
+    from dppo.models import Model
+    from dppo.rewards import Reward
+    from dppo.tracking import Tracking
+    from dppo.types import Objective
+
+# The checkout keeps conf/ and sweeps/ at the top level; a wheel carries them inside the package.
+_PACKAGE = Path(__file__).resolve().parent
+_HOME = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
+CONF_DIR = _HOME / "conf"
+SWEEPS_DIR = _HOME / "sweeps"
+
+# Root values that losses and penalties read by interpolation; unset (`???`) means the option's own default.
+SEARCHED = ("alpha", "beta", "zeta")
+# Groups that a run reads only through `phases`, so that a preset with phases of its own can leave them unread.
+_THROUGH_PHASES = ("loss", "penalty", "train")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters (Hu 2021) on the policy; the base stays frozen.
+
+    ``rank`` r and ``lora_alpha`` scale the update by lora_alpha / r; ``base_4bit`` loads the frozen base in
+    4-bit NF4 (needs a CUDA device and bitsandbytes).
+    """
+
+    rank: int
+    lora_alpha: float
+    dropout: float
+    target_modules: tuple[str, ...] | Literal["all-linear"]
+    base_4bit: bool
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "rank", self.rank, "must be at least 1")
+        require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "must be > 0")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One training run of the loop, SFT or a preference phase. Lengths are in tokens, rates per optimiser step."""
+
+    n_examples: int | None
+    max_length: int | str | None
+    batch_size: int
+    steps: int | None
+    epochs: int | None
+    learning_rate: float
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_ratio: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    max_grad_norm: float
+    tokens_per_micro_batch: int
+    packing: Literal["packed", "padded"]
+    precision: Literal["fp32", "bf16"]
+    dropout: float
+    activation_checkpointing: bool
+    deterministic: bool
+    log_every: int
+    evaluate_every: int | None
+    n_evaluation_examples: int
+    save: Literal["last", "best"]
+    checkpoint_every: int | None
+    lora: LoraSettings | None
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "tokens_per_micro_batch", "log_every", "n_evaluation_examples"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        for key in ("n_examples", "steps", "epochs", "evaluate_every", "checkpoint_every"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "must be at least 1, or null")
+        require(
+            (self.steps is None) != (self.epochs is None),
+            "steps",
+            self.steps,
+            f"give either steps or epochs and set the other to null (epochs is {shown(self.epochs)})",
+        )
+        check_max_length(self.max_length)
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be > 0")
+        require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "must be in [0, 1]")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be >= 0")
+        for key in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must be in [0, 1)")
+        require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "must be > 0")
+        require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "must be > 0")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
+        require(
+            self.save == "last" or self.evaluate_every is not None,
+            "save",
+            self.save,
+            "needs evaluations to choose from: set evaluate_every to a number of steps, or save=last",
+        )
+
+
+@dataclass(frozen=True)
+class SftSettings:
+    """Supervised fine-tuning before any preference phase; ``seed`` is apart from the root seed on purpose."""
+
+    seed: int
+    train: TrainSettings
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One preference phase: what is minimised, how, and which model is the reference.
+
+    ``reference: sft`` keeps the SFT model; ``previous`` takes the policy that the phase starts from, and makes its
+    greedy answers and log-probs anew.
+    """
+
+    loss: Objective
+    train: TrainSettings
+    reference: Literal["sft", "previous"]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How the final policy is compared with the SFT model on ``split``'s prompts."""
+
+    split: Literal["validation", "test"]
+    n_prompts: int | None
+    n_pairs: int | None
+    n_kl_prompts: int | None
+    n_bootstrap: int
+    bootstrap_seed: int
+
+    def __post_init__(self) -> None:
+        for key in ("n_prompts", "n_pairs", "n_kl_prompts"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "must be at least 1, or null for all")
+        require(self.n_bootstrap >= 100, "n_bootstrap", self.n_bootstrap, "must be at least 100")
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where finished stages are kept and shared by all runs."""
+
+    dir: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything one run needs, checked."""
+
+    model: Model
+    dataset: Dataset
+    sft: SftSettings
+    generation: Greedy
+    phases: Mapping[str, Phase]
+    reward: Reward
+    evaluation: EvaluationSettings
+    tracking: Tracking
+    seed: int
+    device: str
+    cache: CacheSettings
+    objectives: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?", self.device) is not None,
+            "device",
+            self.device,
+            "must be auto, cpu, cuda, cuda:N, mps or xpu",
+        )
+        require(len(self.objectives) > 0, "objectives", "[]", "name at least one path into result.json")
+        first = next(iter(self.phases.values()), None)
+        require(
+            first is None or first.reference == "sft",
+            "reference",
+            "previous",
+            "the first phase starts from the SFT model: write reference: sft",
+        )
+
+
+def shown(value: object) -> str:
+    """A value as a user would type it on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(shown(item) for item in value) + "]"
+    return str(value)
+
+
+def require(condition: bool, key: str, value: object, rule: str) -> None:
+    """Raise a one-line ``UserError`` that names key, value and rule unless ``condition`` holds."""
+    if not condition:
+        raise UserError(f"{key}={shown(value)}: {rule}")
+
+
+def check_max_length(value: int | str | None) -> None:
+    """Accept a positive number of tokens, a percentile such as p95, or null."""
+    if isinstance(value, str):
+        percentile = re.fullmatch(r"p(\d{1,3})", value)
+        require(
+            percentile is not None and 1 <= int(percentile[1]) <= 100,
+            "max_length",
+            value,
+            "must be a number of tokens, a percentile of the training split such as p95, or null",
+        )
+    elif value is not None:
+        require(value >= 2, "max_length", value, "must be at least 2 tokens, a percentile such as p95, or null")
+
+
+def canonical(overrides: Sequence[str]) -> list[str]:
+    """Both spellings of the penalty group, ``penalty=`` and ``penalty_fn=``, as ``penalty=``.
+
+    Raises ``UserError`` if both are given and differ.
+    """
+    given = {}
+    renamed = []
+    for override in overrides:
+        match = re.match(r"(\+{0,2})(penalty|penalty_fn)=(.*)$", override, re.DOTALL)
+        if match is None:
+            renamed.append(override)
+            continue
+        if given and match[3] not in given:
+            raise UserError(
+                f"{match[2]}={match[3]}: penalty={next(iter(given))} is given too; "
+                "both spellings mean the same group: give one"
+            )
+        if match[3] not in given:
+            renamed.append(f"{match[1]}penalty={match[3]}")
+        given[match[3]] = match[2]
+    return renamed
+
+
+def compose(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:
+    """The configuration that these command-line overrides compose, not yet checked.
+
+    Raises Hydra's own exceptions for what does not compose.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    search_path = f"hydra.searchpath=[file://{SWEEPS_DIR}]"
+    with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR), job_name="dppo"):
+        return hydra_compose("config", overrides=[search_path, *canonical(overrides)], return_hydra_config=with_hydra)
+
+
+def load(composed: DictConfig, overrides: Sequence[str] = ()) -> Experiment:
+    """Check a composed configuration and build the experiment.
+
+    ``overrides`` are what the user typed; they tell a knob that was set from one that merely has a default.
+    Raises ``UserError`` with one line that names key, value and what is allowed.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    raw = cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False))
+    raw.pop("hydra", None)
+    _refuse_unread(raw, overrides)
+    try:
+        values = cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
+    values.pop("hydra", None)
+    for key in SEARCHED:
+        value = values.pop(key, None)
+        if value is not None and value != "???" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(f"{key}={shown(value)}: must be a number (got {_kind(value)})")
+    allowed = ("dppo.", *_strings(values.pop("allowed_targets", []), "allowed_targets"))
+    phases = values.pop("phases", None)
+    loss, train = values.pop("loss", None), values.pop("train", None)
+    values.pop("penalty", None)
+    door = _Door(allowed)
+    if phases:
+        built = door.build(Mapping[str, Phase], phases, "phases")
+    elif loss:
+        main = {"loss": loss, "train": train, "reference": "sft"}
+        built = {"main": door.dataclass(Phase, main, "", roots={"loss", "train", "reference"})}
+    else:
+        built = {}
+    return cast("Experiment", door.dataclass(Experiment, values, "", given={"phases": built}))
+
+
+def _strings(value: object, path: str) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"{path}={shown(value)}: must be a list of words")
+    return tuple(value)
+
+
+def _kind(value: object) -> str:
+    names = {bool: "a boolean", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return names.get(type(value), "a list" if isinstance(value, (list, tuple)) else "a mapping")
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+# --- what a run does not read ------------------------------------------------------------------------------------
+
+
+def _refuse_unread(raw: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse a knob that was set although no composed part reads it."""
+    read = set(_read_roots(raw))
+    loss = _loss_words(raw)
+    for key in SEARCHED:
+        if raw.get(key, "???") != "???" and key not in read:
+            hint = {
+                "zeta": "it shapes penalty=expectile only: type penalty=expectile with a penalised loss, or drop zeta",
+                "alpha": "it weighs the penalty of minll, unll, conll, npo and simnpo: choose one of them, "
+                "or drop alpha",
+                "beta": "drop it",
+            }[key]
+            raise UserError(f"{key}={shown(raw[key])}: nothing in this run uses {key} ({loss}); {hint}")
+    for override in overrides:
+        name, _, value = override.lstrip("+~").partition("=")
+        group = re.split(r"[./@]", name)[0]
+        if group in _THROUGH_PHASES and group not in read and f"{group}" in raw:
+            raise UserError(f"{override}: nothing in this run uses {group} ({loss}); drop it{_unused_hint(value)}")
+
+
+def _unused_hint(value: str) -> str:
+    return "" if not value else ", or put it into the phase that should use it"
+
+
+def _loss_words(raw: Mapping[str, Any]) -> str:
+    phases = raw.get("phases") or {"": {"loss": raw.get("loss")}}
+    words = []
+    for name, phase in phases.items():
+        loss = phase.get("loss") if isinstance(phase, Mapping) else None
+        target = str(loss.get("_target_", "none")).rpartition(".")[2] if isinstance(loss, Mapping) else "none"
+        words.append(f"{name}: {target}" if name else f"the loss is {target}")
+    return ", ".join(words)
+
+
+def _read_roots(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Names of root entries that the run reads, directly or through interpolations."""
+    pending: list[Any] = [value for key, value in raw.items() if key not in (*_THROUGH_PHASES, *SEARCHED)]
+    if not raw.get("phases"):
+        yield from ("loss", "train")
+        pending += [raw.get("loss"), raw.get("train")]
+    seen: set[str] = set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Mapping):
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+        elif isinstance(value, str):
+            for name in re.findall(r"\$\{(?:oc\.select:)?\s*([A-Za-z_]\w*)", value):
+                if name not in seen:
+                    seen.add(name)
+                    yield name
+                    if name in _THROUGH_PHASES:
+                        pending.append(raw.get(name))
+
+
+# --- from plain values to typed objects ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Door:
+    """Builds typed objects from plain values; ``allowed`` are the module prefixes that ``_target_`` may name."""
+
+    allowed: tuple[str, ...]
+
+    def build(self, annotation: Any, value: Any, path: str) -> Any:
+        origin = typing.get_origin(annotation)
+        if annotation is Any:
+            return value
+        if origin is Literal:
+            if value not in typing.get_args(annotation) or isinstance(value, bool):
+                options = ", ".join(shown(option) for option in typing.get_args(annotation))
+                near = _suggest(str(value), [str(option) for option in typing.get_args(annotation)])
+                raise UserError(f"{path}={shown(value)}: must be one of {options}.{near}")
+            return value
+        if origin in (typing.Union, types.UnionType):
+            return self._union(typing.get_args(annotation), value, path)
+        if origin is tuple:
+            return self._tuple(annotation, value, path)
+        if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{path}={shown(value)}: must be a mapping (got {_kind(value)})")
+            _, item = typing.get_args(annotation)
+            return {str(key): self.build(item, entry, f"{path}.{key}") for key, entry in value.items()}
+        if annotation in (int, float, bool, str):
+            return _scalar(annotation, value, path)
+        return self._object(annotation, value, path)
+
+    def _union(self, options: tuple[Any, ...], value: Any, path: str) -> Any:
+        if value is None:
+            if type(None) in options:
+                return None
+            raise UserError(f"{path}=null: must be given")
+        candidates = [option for option in options if option is not type(None)]
+        if len(candidates) == 1:
+            return self.build(candidates[0], value, path)
+        errors = []
+        for option in candidates:
+            try:
+                return self.build(option, value, path)
+            except UserError as error:
+                errors.append(str(error))
+        raise UserError("; or ".join([errors[0], *(error.partition(": ")[2] for error in errors[1:])]))
+
+    def _tuple(self, annotation: Any, value: Any, path: str) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{path}={shown(value)}: must be a list (got {_kind(value)})")
+        items = typing.get_args(annotation)
+        if len(items) == 2 and items[1] is Ellipsis:
+            return tuple(self.build(items[0], item, f"{path}[{place}]") for place, item in enumerate(value))
+        if len(items) != len(value):
+            raise UserError(f"{path}={shown(value)}: must have {len(items)} entries")
+        return tuple(
+            self.build(kind, item, f"{path}[{place}]")
+            for place, (kind, item) in enumerate(zip(items, value, strict=True))
+        )
+
+    def _object(self, annotation: type, value: Any, path: str) -> Any:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path}={shown(value)}: must be a mapping (got {_kind(value)})")
+        fields = {str(key): entry for key, entry in value.items()}
+        target = fields.pop("_target_", None)
+        if target is None:
+            if not dataclasses.is_dataclass(annotation):
+                raise UserError(f"{path}: has no _target_; choose an option of the group, for instance in conf/{path}/")
+            return self.dataclass(annotation, fields, path)
+        cls = self._locate(target, f"{path}._target_")
+        built = self.dataclass(cls, fields, path)
+        if not isinstance(built, annotation):
+            raise UserError(f"{path}._target_={target}: is not usable as {annotation.__name__}")
+        return built
+
+    def _locate(self, target: object, path: str) -> type:
+        if not isinstance(target, str) or not target.startswith(self.allowed):
+            raise UserError(
+                f"{path}={shown(target)}: only classes below {', '.join(self.allowed)} are built; "
+                "to use your own, add its module prefix to allowed_targets"
+            )
+        module, _, name = target.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            raise UserError(f"{path}={target}: there is no such class") from None
+        if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+            raise UserError(f"{path}={target}: is not a dataclass")
+        return found
+
+    def dataclass(
+        self,
+        cls: type,
+        values: Mapping[str, Any],
+        path: str,
+        *,
+        given: Mapping[str, Any] | None = None,
+        roots: frozenset[str] | set[str] = frozenset(),
+    ) -> Any:
+        """Build ``cls``; ``given`` fields are built already, ``roots`` are fields that the user sees at top level."""
+        hints = typing.get_type_hints(cls, localns=_forward_names(cls))
+        names = [field.name for field in dataclasses.fields(cls) if field.init]
+        prefix = f"{path}." if path else ""
+        for key in values:
+            if key not in names:
+                raise UserError(
+                    f"{prefix}{key}={shown(values[key])}: unknown key.{_suggest(key, names)} "
+                    f"Known {'in ' + path if path else 'here'}: {', '.join(sorted(names))}"
+                )
+        arguments: dict[str, Any] = dict(given or {})
+        for name in names:
+            if name in arguments:
+                continue
+            where = name if name in roots else f"{prefix}{name}"
+            if name not in values or values[name] == "???":
+                raise UserError(f"{where}: missing, give it a value ({where}=...)")
+            arguments[name] = self.build(hints[name], values[name], where)
+        try:
+            return cls(**arguments)
+        except UserError as error:
+            raise UserError(f"{prefix}{error}") from None
+
+
+def _scalar(kind: type, value: Any, path: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+        raise UserError(f"{path}={shown(value)}: must be {wanted} (got {_kind(value)})")
+    if kind is float and value != value:
+        raise UserError(f"{path}=nan: must be a number")
+    return value
+
+
+def _forward_names(cls: type) -> dict[str, Any]:
+    """The types that this module only names while type-checking, imported when a class here really needs them."""
+    if cls not in (Experiment, Phase):
+        return {}
+    from dppo.data import Dataset
+    from dppo.generation import Greedy
+    from dppo.models import Model
+    from dppo.rewards import Reward
+    from dppo.tracking import Tracking
+    from dppo.types import Objective
+
+    return {
+        "Dataset": Dataset,
+        "Greedy": Greedy,
+        "Model": Model,
+        "Objective": Objective,
+        "Reward": Reward,
+        "Tracking": Tracking,
+    }

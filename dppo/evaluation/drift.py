@@ -1,0 +1,45 @@
+"""How far the policy has moved from the reference: exact KL on its own answers, likelihoods of held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dppo.batches import collate, micro_batches
+from dppo.logps import ResponseScorer, response_log_softmax
+from dppo.types import EncodedExample
+
+
+@dataclass(frozen=True, slots=True)
+class Kl:
+    """KL(policy || reference), summed over the vocabulary at each position of the policy's own answers, in nats.
+
+    Both figures are >= 0. ``nats_per_token`` pools all positions, ``nats_per_answer`` is the mean of the sums.
+    """
+
+    nats_per_token: float
+    nats_per_answer: float
+    n_answers: int
+    n_tokens: int
+
+
+@torch.inference_mode()
+def exact_kl(
+    policy: ResponseScorer, reference: ResponseScorer, answers: Sequence[EncodedExample], tokens_per_batch: int
+) -> Kl:
+    """KL of two models on the same device over answers with one response each."""
+    device = next(policy.parameters()).device
+    policy.eval()
+    reference.eval()
+    total, n_tokens = 0.0, 0
+    for part in micro_batches(answers, tokens_per_batch):
+        batch = collate(part).to(device)
+        own, other = response_log_softmax(policy, batch), response_log_softmax(reference, batch)
+        for left, right in zip(own, other, strict=True):
+            total += float((left.exp() * (left - right)).sum(dtype=torch.float64))
+            n_tokens += len(left)
+    # Rounding may leave a tiny negative sum when the two models are the same.
+    total = max(total, 0.0)
+    return Kl(total / n_tokens, total / len(answers), len(answers), n_tokens)

@@ -1,0 +1,564 @@
+"""The training loop, shared by SFT and every preference objective.
+
+The optimiser batch is ``batch_size`` examples in an order fixed by seed and example ids, equal for all objectives and
+layouts; the token budget only cuts it into micro-batches. Gradients of the summed loss are accumulated and divided
+once by the weight of the whole optimiser batch over all ranks, so that neither packing nor accumulation nor the
+number of processes changes the mean that is minimised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dppo.batches import batches, collate, micro_batches
+from dppo.config import TrainSettings
+from dppo.logps import ResponseScorer
+from dppo.progress import Progress
+from dppo.types import Batch, EncodedExample, LossContext, LossTerms, Objective, ResponseLogps, StatisticsObjective
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+ReferenceLogps = Callable[[Sequence[tuple[str, str]]], Sequence[Tensor]]
+"""Stored token log-probs, fp32, for (prompt_id, response_id) keys, in the order of the keys."""
+
+Metrics = dict[str, float | int]
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; a checkpoint was written after the step in progress."""
+
+
+@dataclass
+class Outcome:
+    """How a training run ended; the model is changed in place."""
+
+    status: Literal["complete", "diverged"]
+    steps: int
+    example_ids: tuple[str, ...] = ()  # of the batch that diverged
+    best_step: int | None = None
+    computed_tokens: int = 0
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds beside the model and the optimiser."""
+
+    step: int = 0
+    computed_tokens: int = 0
+    statistics: Tensor | None = None
+    best_loss: float = math.inf
+    best_step: int | None = None
+
+
+# --- how long, how fast --------------------------------------------------------------------------------------------
+
+
+def n_steps(settings: TrainSettings, n_examples: int) -> int:
+    """Optimiser steps of a run over ``n_examples``."""
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None
+    return settings.epochs * math.ceil(n_examples / settings.batch_size)
+
+
+def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
+    """The rate of optimiser step ``step`` (0-based) of ``steps``: linear warm-up, then the schedule down to 0."""
+    warmup = math.ceil(settings.warmup_ratio * steps)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return settings.learning_rate * factor[settings.schedule]
+
+
+# --- one optimiser batch -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Accumulated:
+    """Sums over the micro-batches of one optimiser batch (or of an evaluation)."""
+
+    value: float = 0.0
+    weight: float = 0.0
+    n_examples: int = 0
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+    distributions: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, terms: LossTerms, policy: ResponseLogps, reference: ResponseLogps | None) -> None:
+        self.value += float((terms.value.detach() * terms.weight).sum())
+        self.weight += float(terms.weight.sum())
+        self.n_examples += len(terms.value)
+        columns = {**likelihoods(policy, reference), **terms.metrics}
+        columns |= {f"rewards/{name}": reward for name, reward in terms.rewards.items()}
+        if {"chosen", "rejected"} <= terms.rewards.keys():
+            margin = terms.rewards["chosen"] - terms.rewards["rejected"]
+            columns |= {"rewards/margins": margin, "rewards/accuracies": _share_positive(margin)}
+        for name, values in columns.items():
+            self.columns.setdefault(name, []).append(values.detach().float().cpu())
+        for name, values in terms.distributions.items():
+            self.distributions.setdefault(name, []).append(values.detach().float().cpu())
+
+    def metrics(self) -> Metrics:
+        """Means over the examples, and the 95th percentile of what is a distribution."""
+        found: Metrics = {"loss": self.value / max(self.weight, 1e-30)}
+        for name, parts in self.columns.items():
+            found[name] = float(torch.cat(parts).mean())
+        for name, parts in self.distributions.items():
+            values = torch.cat(parts)
+            found[f"{name}_mean"] = float(values.mean())
+            found[f"{name}_p95"] = float(torch.quantile(values, 0.95))
+        return found
+
+
+def _share_positive(margin: Tensor) -> Tensor:
+    """1 where positive, 1/2 at exactly 0, else 0."""
+    return (torch.sign(margin) + 1) / 2
+
+
+def likelihoods(policy: ResponseLogps, reference: ResponseLogps | None) -> dict[str, Tensor]:
+    """(M,) sums and per-token means of each single role's log-probs, and ranking accuracies of pairs."""
+    columns: dict[str, Tensor] = {}
+    for role in ("chosen", "rejected", "generated"):
+        if policy.roles.count(role) == policy.n_examples:
+            own = policy.select(role)
+            columns[f"logps/{role}"] = own.sum.detach()
+            columns[f"logps/{role}_per_token"] = own.mean.detach()
+            if reference is not None:
+                columns[f"log_ratio/{role}"] = (own.sum - reference.select(role).sum).detach()
+    if {"logps/chosen", "logps/rejected"} <= columns.keys():
+        margin = columns["logps/chosen"] - columns["logps/rejected"]
+        columns["accuracy"] = _share_positive(margin)
+        columns["accuracy_per_token"] = _share_positive(
+            columns["logps/chosen_per_token"] - columns["logps/rejected_per_token"]
+        )
+        if reference is not None:
+            columns["accuracy_to_reference"] = _share_positive(
+                columns["log_ratio/chosen"] - columns["log_ratio/rejected"]
+            )
+    return columns
+
+
+def stored_logps(lookup: ReferenceLogps, batch: Batch, like: ResponseLogps) -> ResponseLogps:
+    """The reference's log-probs of a batch, from the store."""
+    found = lookup(batch.response_keys)
+    lengths = [len(row) for row in found]
+    if lengths != like.lengths.tolist():
+        raise ValueError("stored reference log-probs do not have the lengths of the batch's responses")
+    tokens = torch.cat(list(found)).to(like.tokens.device, like.tokens.dtype)
+    return ResponseLogps(tokens, like.lengths, like.example, like.roles, like.n_examples)
+
+
+def mean_chosen_tokens(examples: Sequence[EncodedExample]) -> float:
+    """Mean number of chosen tokens per example of an optimiser batch; 1 where no example has a chosen response."""
+    lengths = [len(response.token_ids) for example in examples if (response := example.response("chosen"))]
+    return sum(lengths) / len(lengths) if lengths else 1.0
+
+
+def context_of(batch: Batch, mean_tokens: float, statistics: Tensor | None) -> LossContext:
+    return LossContext(
+        scores=batch.scores,
+        shared_prefix=batch.shared_prefix,
+        equal_to_chosen=batch.equal_to_chosen,
+        mean_chosen_tokens=mean_tokens,
+        statistics=statistics,
+    )
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(precision: Literal["fp32", "bf16"], device: torch.device) -> Accelerator:
+    """Accelerate's object for this device; under ``torchrun`` it joins the process group."""
+    from accelerate import Accelerator
+
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=device.type == "cpu")
+
+
+def train(
+    model: PreTrainedModel,
+    objective: Objective,
+    examples: Sequence[EncodedExample],
+    settings: TrainSettings,
+    *,
+    seed: int,
+    accelerator: Accelerator,
+    log: Callable[[Metrics], None],
+    checkpoints: Path,
+    reference: ReferenceLogps | None = None,
+    held_out: Sequence[EncodedExample] = (),
+    title: str = "train",
+) -> Outcome:
+    """Minimise ``objective`` over ``examples``; changes ``model`` in place.
+
+    ``log`` receives one flat mapping per logged step, with the 1-based ``step``. ``checkpoints`` is a directory of
+    this run's own; a checkpoint found there is continued. Raises ``Interrupted`` after SIGINT or SIGTERM.
+    """
+    torch.manual_seed(seed)
+    set_dropout(model, settings.dropout)
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    scorer = accelerator.prepare(ResponseScorer(model, settings.packing).to(accelerator.device))
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    optimiser = torch.optim.AdamW(
+        _decay_groups(parameters, settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        fused=accelerator.device.type in ("cpu", "cuda"),
+    )
+    state = _State()
+    if isinstance(objective, StatisticsObjective) and objective.uses_statistics:
+        state.statistics = objective.initial_statistics()
+    _restore(checkpoints, parameters, optimiser, state)
+    steps = n_steps(settings, len(examples))
+    run = _Run(scorer, objective, reference, accelerator, settings)
+    main = accelerator.is_main_process
+    with Progress(title, steps, "step", start=state.step) as progress, _stop_signal() as stopped:
+        for number, batch in enumerate(batches(examples, settings.batch_size, steps, seed)):
+            if number < state.step:
+                continue  # done before the checkpoint
+            started = time.perf_counter()
+            rate = learning_rate(settings, number, steps)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            sums, state.statistics, tokens, bad = run.accumulate(batch, state.statistics)
+            grad_norm = math.nan
+            if not bad:
+                grad_norm = run.step(optimiser, parameters, sums.weight)
+            if bad or not math.isfinite(grad_norm):
+                return Outcome("diverged", number, bad or tuple(item.example_id for item in batch))
+            state.step = number + 1
+            state.computed_tokens += tokens
+            last = state.step == steps
+            if main and (state.step % settings.log_every == 0 or state.step == 1 or last):
+                elapsed = time.perf_counter() - started
+                found = sums.metrics()
+                log(
+                    {"step": state.step}
+                    | {f"train/{name}": value for name, value in found.items()}
+                    | {
+                        "train/learning_rate": rate,
+                        "train/grad_norm": grad_norm,
+                        "train/seconds_per_step": elapsed,
+                        "train/tokens_per_second": tokens / elapsed,
+                        "train/computed_tokens": state.computed_tokens,
+                    }
+                )
+                progress.note(f"loss {found['loss']:.4f}")
+            progress.advance()
+            if settings.evaluate_every and held_out and (state.step % settings.evaluate_every == 0 or last):
+                found = run.evaluate(held_out, state.statistics)
+                if main:
+                    log({"step": state.step} | {f"eval/{name}": value for name, value in found.items()})
+                if found["loss"] < state.best_loss:
+                    state.best_loss, state.best_step = float(found["loss"]), state.step
+                    if settings.save == "best" and main:
+                        _write_tensors(checkpoints / "best.safetensors", dict(parameters), {})
+            due = settings.checkpoint_every is not None and state.step % settings.checkpoint_every == 0
+            stopping = run.any_rank(stopped.is_set())
+            if not last and (due or stopping) and main:
+                _save(checkpoints, parameters, optimiser, state)
+            if stopping and not last:
+                raise Interrupted(f"{title} stopped after step {state.step} of {steps}; a checkpoint was written")
+    if settings.save == "best" and state.best_step is not None:
+        accelerator.wait_for_everyone()
+        _load_tensors(checkpoints / "best.safetensors", parameters)
+    return Outcome("complete", state.step, (), state.best_step, state.computed_tokens)
+
+
+@dataclass
+class _Run:
+    scorer: nn.Module
+    objective: Objective
+    reference: ReferenceLogps | None
+    accelerator: Accelerator
+    settings: TrainSettings
+
+    def _share(self, examples: Sequence[EncodedExample]) -> list[tuple[list[EncodedExample], float]]:
+        """The micro-batches of this rank; every rank has equally many, the surplus ones count nothing."""
+        parts = micro_batches(examples, self.settings.tokens_per_micro_batch)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        mine = [(part, 1.0) for part in parts[rank::world]]
+        missing = math.ceil(len(parts) / world) - len(mine)
+        return mine + [(parts[0], 0.0)] * missing
+
+    def _forward(
+        self, part: Sequence[EncodedExample], mean_tokens: float, statistics: Tensor | None
+    ) -> tuple[Batch, ResponseLogps, ResponseLogps | None, LossContext]:
+        batch = collate(part).to(self.accelerator.device)
+        with self.accelerator.autocast():
+            policy = self.scorer(batch)
+        reference = stored_logps(self.reference, batch, policy) if self.reference is not None else None
+        return batch, policy, reference, context_of(batch, mean_tokens, statistics)
+
+    def accumulate(
+        self, examples: Sequence[EncodedExample], statistics: Tensor | None
+    ) -> tuple[Accumulated, Tensor | None, int, tuple[str, ...]]:
+        """Gradients of the summed loss over one optimiser batch.
+
+        Returns the sums, the new statistics, the tokens computed by all ranks, and the ids of the examples of the
+        first micro-batch whose loss is not finite (empty if all are).
+        """
+        parts = self._share(examples)
+        mean_tokens = mean_chosen_tokens(examples)
+        if isinstance(self.objective, StatisticsObjective) and statistics is not None:
+            statistics = self._update_statistics(parts, mean_tokens, statistics)
+        sums = Accumulated()
+        tokens = 0
+        bad: tuple[str, ...] = ()
+        for number, (part, counts) in enumerate(parts):
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.scorer):
+                batch, policy, reference, context = self._forward(part, mean_tokens, statistics)
+                terms = self.objective(policy, reference, context)
+                total = (terms.value * terms.weight).sum() * counts
+                if not torch.isfinite(total):
+                    bad = bad or batch.example_ids
+                self.accelerator.backward(total)
+            if counts:
+                tokens += computed_tokens(batch, self.settings.packing)
+                sums.add(terms, policy, reference)
+        return self._over_ranks(sums), statistics, int(self._total(float(tokens))), self._first_bad(bad)
+
+    def _update_statistics(
+        self, parts: Sequence[tuple[list[EncodedExample], float]], mean_tokens: float, statistics: Tensor
+    ) -> Tensor:
+        assert isinstance(self.objective, StatisticsObjective)
+        totals: Tensor | None = None
+        with torch.no_grad():
+            for part, counts in parts:
+                _, policy, reference, context = self._forward(part, mean_tokens, statistics)
+                found = self.objective.partial_statistics(policy, reference, context) * counts
+                totals = found if totals is None else totals + found
+        assert totals is not None
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals, reduction="sum")
+        return self.objective.update_statistics(statistics, totals)
+
+    def step(self, optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], weight: float) -> float:
+        """Divide the summed gradients by the batch's weight, clip, step. Returns the norm before clipping."""
+        gradients = [value.grad for value in parameters.values() if value.grad is not None]
+        # DDP has averaged over ranks: times their number gives the sum again.
+        torch._foreach_mul_(gradients, self.accelerator.num_processes / weight)
+        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), self.settings.max_grad_norm)
+        if torch.isfinite(norm):
+            optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return float(norm)
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[EncodedExample], statistics: Tensor | None) -> Metrics:
+        """The objective and its metrics on held-out examples, statistics frozen."""
+        sums = Accumulated()
+        training = self.scorer.training
+        self.scorer.eval()
+        mean_tokens = mean_chosen_tokens(examples)
+        for part, counts in self._share(examples):
+            _, policy, reference, context = self._forward(part, mean_tokens, statistics)
+            terms = self.objective(policy, reference, context)
+            if counts:
+                sums.add(terms, policy, reference)
+        self.scorer.train(training)
+        return self._over_ranks(sums).metrics()
+
+    def _total(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.reduce(tensor, reduction="sum"))
+
+    def any_rank(self, flag: bool) -> bool:
+        return self._total(float(flag)) > 0
+
+    def _over_ranks(self, sums: Accumulated) -> Accumulated:
+        if self.accelerator.num_processes == 1:
+            return sums
+        from accelerate.utils import gather_object
+
+        whole = Accumulated()
+        for part in gather_object([sums]):
+            whole.value += part.value
+            whole.weight += part.weight
+            whole.n_examples += part.n_examples
+            for name, values in part.columns.items():
+                whole.columns.setdefault(name, []).extend(values)
+            for name, values in part.distributions.items():
+                whole.distributions.setdefault(name, []).extend(values)
+        return whole
+
+    def _first_bad(self, bad: tuple[str, ...]) -> tuple[str, ...]:
+        if self.accelerator.num_processes == 1:
+            return bad
+        from accelerate.utils import gather_object
+
+        return next((ids for ids in gather_object([bad]) if ids), ())
+
+
+def computed_tokens(batch: Batch, packing: Literal["packed", "padded"]) -> int:
+    """Tokens that the model's body computes for a batch, padding included."""
+    if packing == "packed":
+        return len(batch.token_ids)
+    rows = batch.prompt_length[batch.example] + batch.lengths
+    return int(rows.max()) * len(rows)
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set every dropout of a model, modules and attention alike; 0 makes train and eval mode the same function."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        for name in ("attention_dropout", "attn_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
+
+
+def _decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """No decay on biases and norms: everything with fewer than two dimensions."""
+    decayed = [value for value in parameters.values() if value.ndim >= 2]
+    others = [value for value in parameters.values() if value.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+# --- stopping and checkpoints --------------------------------------------------------------------------------------
+
+
+class _Flag:
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self) -> None:
+        self._set = True
+
+    def is_set(self) -> bool:
+        return self._set
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[_Flag]:
+    """The first SIGINT or SIGTERM only sets a flag, so that a step is never cut in half; a second one acts at once."""
+    flag = _Flag()
+    previous: dict[int, Any] = {}
+
+    def on_signal(number: int, frame: Any) -> None:
+        flag.set()
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, on_signal)
+    except ValueError:  # not the main thread: a launcher that owns the signals
+        previous.clear()
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write atomically: a reader finds the old file or the whole new one."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, dict(metadata))
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _load_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    from safetensors.torch import load_file
+
+    found = load_file(path)
+    with torch.no_grad():
+        for name, value in parameters.items():
+            value.copy_(found[name])
+
+
+def _save(
+    directory: Path, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, state: _State
+) -> None:
+    """One file with model, optimiser, statistics and generator state; the previous one goes after it is complete."""
+    tensors: dict[str, Tensor] = {"generator": torch.get_rng_state()}
+    for name, value in parameters.items():
+        tensors[f"parameter.{name}"] = value
+        for key, part in optimiser.state.get(value, {}).items():
+            tensors[f"{key}.{name}"] = part if isinstance(part, Tensor) else torch.tensor(part)
+    if torch.cuda.is_available():
+        tensors["generator_cuda"] = torch.cuda.get_rng_state()
+    if state.statistics is not None:
+        tensors["statistics"] = state.statistics
+    metadata = {
+        "state": json.dumps(
+            {
+                "step": state.step,
+                "computed_tokens": state.computed_tokens,
+                "best_loss": state.best_loss if math.isfinite(state.best_loss) else None,
+                "best_step": state.best_step,
+            }
+        )
+    }
+    older = sorted(directory.glob("step-*.safetensors"))
+    _write_tensors(directory / f"step-{state.step:09d}.safetensors", tensors, metadata)
+    for path in older:
+        path.unlink(missing_ok=True)
+
+
+def _restore(
+    directory: Path, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, state: _State
+) -> None:
+    """Continue from the newest checkpoint in ``directory``, if there is one."""
+    from safetensors import safe_open
+
+    paths = sorted(directory.glob("step-*.safetensors"))
+    if not paths:
+        return
+    with safe_open(paths[-1], framework="pt") as file:
+        saved = json.loads(file.metadata()["state"])
+        names = set(file.keys())
+        with torch.no_grad():
+            for name, value in parameters.items():
+                value.copy_(file.get_tensor(f"parameter.{name}"))
+                found = {
+                    key: file.get_tensor(f"{key}.{name}")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}.{name}" in names
+                }
+                if found:
+                    optimiser.state[value] = {
+                        key: part if key == "step" and value.device.type == "cpu" else part.to(value.device)
+                        for key, part in found.items()
+                    }
+        torch.set_rng_state(file.get_tensor("generator"))
+        if "generator_cuda" in names and torch.cuda.is_available():
+            torch.cuda.set_rng_state(file.get_tensor("generator_cuda"))
+        if "statistics" in names:
+            state.statistics = file.get_tensor("statistics")
+    state.step = saved["step"]
+    state.computed_tokens = saved["computed_tokens"]
+    state.best_loss = math.inf if saved["best_loss"] is None else saved["best_loss"]
+    state.best_step = saved["best_step"]
+
+
+def checkpoint_step(directory: Path) -> int:
+    """The step of the checkpoint that ``train`` would continue from; 0 without one."""
+    paths = sorted(directory.glob("step-*.safetensors"))
+    return int(paths[-1].stem.removeprefix("step-")) if paths else 0

@@ -1,0 +1,22 @@
+"""What an answer is worth: scores by prompt and text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from dppo.types import Json, Prompt
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """A reward: a frozen dataclass of settings with these methods. Higher is better; scores may be negative."""
+
+    def identity(self) -> dict[str, Json]:
+        """Everything that determines a score; part of cache fingerprints."""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ``UserError`` before any training if these prompts can't be scored."""
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """One finite score per answer; ``answers[i]`` answers ``prompts[i]``."""
