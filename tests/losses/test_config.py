@@ -1,0 +1,153 @@
+"""Every option of the groups loss, loss/base and penalty composes and builds; defaults and mounting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from dppo.config import CONF_DIR, _Door
+from dppo.errors import UserError
+from dppo.losses.pairwise import PairwiseLoss
+from dppo.losses.penalised import PenalisedLoss
+from dppo.losses.penalties import Penalty
+from dppo.types import Objective
+
+pytestmark = pytest.mark.filterwarnings("ignore:loss=|penalty=:UserWarning")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+LOSSES = [name for name in options("loss") if name != "none"]
+BASES = options("loss/base")
+PENALTIES = options("penalty")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The project's loss and penalty groups under a root of this test's own, with room for experiments."""
+    folder = tmp_path_factory.mktemp("conf")
+    for group in ("loss", "penalty"):
+        (folder / group).symlink_to(CONF_DIR / group)
+    (folder / "config.yaml").write_text(
+        "defaults:\n- loss: dpo\n- experiment: []\n- _self_\nalpha: ???\nbeta: ???\nzeta: ???\n", encoding="utf-8"
+    )
+    (folder / "experiment").mkdir()
+    with initialize_config_dir(str(folder), version_base=None):
+        yield folder
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    values = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True, throw_on_missing=False)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def built(loss: Mapping[str, Any], path: str = "loss") -> Any:
+    return _Door(("dppo.",)).build(Objective, loss, path)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_composes_builds_and_is_called_like_its_option(name: str) -> None:
+    assert built(composed(f"loss={name}")["loss"]).name == name
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_every_base_is_a_loss_of_its_own_with_the_same_values(name: str) -> None:
+    base = built(composed("loss=unll", f"loss/base={name}")["loss"]).base
+    assert isinstance(base, PairwiseLoss)
+    assert base == built(composed(f"loss={name}")["loss"])
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_every_penalty_composes_with_the_root_override(name: str) -> None:
+    penalty = built(composed("loss=unll", f"penalty={name}")["loss"]).penalty
+    assert isinstance(penalty, Penalty)
+    assert penalty.name == name
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_only_penalised_losses_compose_a_penalty(name: str) -> None:
+    values = composed(f"loss={name}")
+    assert ("penalty" in values) == isinstance(built(values["loss"]), PenalisedLoss)
+
+
+def test_published_switches_are_the_defaults() -> None:
+    minll, unll = (built(composed(f"loss={name}")["loss"]) for name in ("minll", "unll"))
+    for loss in (minll, unll):
+        assert (loss.margin, loss.detach, loss.mask_shared_prefix) == ("sum", True, False)
+        assert (loss.penalty.name, loss.base.name) == ("quadratic", "dpo")
+    assert (minll.reduction, minll.floor) == ("mean", -5.0)
+    assert unll.level == "token_mean"
+    expectile = built(composed("loss=unll", "penalty=expectile")["loss"]).penalty
+    assert (expectile.zeta, expectile.form) == (0.5, "absolute")
+
+
+def test_root_values_reach_the_parts_that_use_them() -> None:
+    loss = built(composed("loss=conll", "penalty=expectile", "alpha=0.3", "beta=0.7", "zeta=0.2")["loss"])
+    assert (loss.alpha, loss.base.beta, loss.penalty.zeta) == (0.3, 0.7, 0.2)
+
+
+def test_an_experiment_mounts_a_loss_as_a_phase_with_its_base(conf: Path) -> None:
+    (conf / "experiment" / "phases.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n"
+        "- /loss@phases.one.loss: unll\n"
+        "- /loss@phases.two.loss: dpo\n"
+        "- override /loss: dpo\n"
+        "- override /penalty: linear\n",
+        encoding="utf-8",
+    )
+    phases = composed("experiment=phases")["phases"]
+    first, second = (built(phases[name]["loss"], f"phases.{name}.loss") for name in ("one", "two"))
+    assert (first.name, first.base.name, first.penalty.name, second.name) == ("unll", "dpo", "linear", "dpo")
+    phases = composed("experiment=phases", "loss/base@phases.one.loss.base=dpo", "penalty=sqrt")["phases"]
+    assert built(phases["one"]["loss"]).penalty.name == "sqrt"
+
+
+@pytest.mark.parametrize("override", ["loss/base=dpo", "penalty=linear"])
+def test_a_base_or_penalty_is_refused_where_the_loss_has_none(override: str) -> None:
+    with pytest.raises(ConfigCompositionException):
+        composed("loss=dpo", override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss=dpo", "beta=0"], "loss.beta=0: must be > 0"),
+        (["loss=dpo", "beta=inf"], "loss.beta=inf: must be > 0"),
+        (["loss=dpo", "loss.label_smoothing=0.5"], "loss.label_smoothing=0.5: must be >= 0 and below 0.5"),
+        (["loss=dpo", "loss.sft_weight=-1"], "loss.sft_weight=-1: must be >= 0"),
+        (["loss=dpo", "loss.nll=sum"], "loss.nll=sum: must be one of mean, token_mean"),
+        (["loss=unll", "alpha=-1"], "loss.alpha=-1: must be >= 0"),
+        (["loss=unll", "beta=0"], "loss.base.beta=0: must be > 0"),
+        (["loss=unll", "loss.level=word"], "loss.level=word: must be one of token_mean, token_sum, sequence"),
+        (["loss=minll", "loss.floor=0"], "loss.floor=0: must be < 0 nats per token, or null"),
+        (["loss=minll", "penalty=expectile", "zeta=1.5"], "loss.penalty.zeta=1.5: must be above 0 and below 1"),
+        (["loss=unll", "penalty=linear", "++penalty.zeta=0.1"], "loss.penalty.zeta=0.1: unknown key"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_key_value_and_rule(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        built(composed(*overrides)["loss"])
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["loss=unll", "loss.detach=false"], "detach=false"),
+        (["loss=unll", "loss.level=sequence"], "level=sequence"),
+        (["loss=unll", "penalty=expectile", "penalty.form=literal"], "form=literal"),
+    ],
+)
+def test_a_switch_with_a_known_harm_warns(overrides: list[str], word: str) -> None:
+    with pytest.warns(UserWarning, match=word):
+        built(composed(*overrides)["loss"])
