@@ -1,0 +1,123 @@
+"""Generated word problems whose wrong answers differ from the right ones in one or two tokens: the embedded data set
+for the study of pairs with a low edit distance (Pal et al. 2024, "Smaug", section 4).
+
+An answer works in two steps, ``3 plus 5 is 8. 8 minus 2 is 6.`` The rejected answer of a pair is the correct one with
+a wrong result: either only the last number, or the intermediate result where it is first written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dppo.data import ids
+from dppo.data.draws import pick, share, stream
+from dppo.errors import UserError
+from dppo.types import Json, Message, PreferenceExample, Prompt, Response, Split
+
+VERSION = 1
+
+LARGEST = 60  # the largest number for which the tokenizer has a piece of its own
+NAMES = ("Tom", "Ann", "Sam", "Eva", "Ben", "Mia", "Leo", "Zoe")
+THINGS = ("apples", "coins", "cards", "stamps", "shells", "pears", "books", "eggs")
+QUESTIONS = (
+    "{name} has {a} {thing}, gets {b} and gives away {c}. How many are left?",
+    "{name} finds {a} {thing} and then {b}, but loses {c}. How many remain?",
+    "There are {a} {thing}. {name} adds {b} and takes {c}. How many now?",
+    "How many {thing} has {name} with {a}, {b} more and {c} fewer?",
+)
+ANSWER = "{a} plus {b} is {s}. {s} minus {c} is {d}."
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Two-step word problems with operands from 1 to ``largest_operand``; results are never negative."""
+
+    seed: int
+    n_chats: int
+    n_pairs: int
+    n_validation: int
+    n_test: int
+    largest_operand: int
+
+    def __post_init__(self) -> None:
+        for name, low in (("seed", 0), ("n_chats", 1), ("n_pairs", 1), ("n_validation", 1), ("n_test", 1)):
+            if getattr(self, name) < low:
+                raise UserError(f"dataset.{name}={getattr(self, name)}: must be >= {low}")
+        if not 4 <= self.largest_operand <= LARGEST // 2:
+            raise UserError(f"dataset.largest_operand={self.largest_operand}: must be >= 4 and <= {LARGEST // 2}")
+
+    def identity(self) -> dict[str, Json]:
+        """Everything that determines the rows."""
+        return {"dataset": "arithmetic", "version": VERSION, **dataclasses.asdict(self)}
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        """The prompts of ``pairs(split)``."""
+        return [prompt for prompt, _ in self._problems("pairs", split)]
+
+    def chats(self, split: Split) -> list[PreferenceExample]:
+        """Demonstrations: the correct answer to each problem."""
+        rows = []
+        for prompt, numbers in self._problems("chats", split):
+            responses = (Response("chosen", _answer(*numbers)),)
+            rows.append(PreferenceExample(ids.example_id(prompt, responses), prompt, responses))
+        return rows
+
+    def pairs(self, split: Split) -> list[PreferenceExample]:
+        """The correct answer, and the same with one wrong result."""
+        rng = stream("arithmetic pairs", VERSION, self.seed, split)
+        rows = []
+        for prompt, numbers in self._problems("pairs", split):
+            responses = (Response("chosen", _answer(*numbers)), Response("rejected", _wrong_answer(rng, *numbers)))
+            rows.append(PreferenceExample(ids.example_id(prompt, responses), prompt, responses))
+        return rows
+
+    def _problems(self, kind: str, split: Split) -> Iterator[tuple[Prompt, tuple[int, int, int]]]:
+        count = {"train": self.n_chats if kind == "chats" else self.n_pairs, "validation": self.n_validation}
+        rng = stream("arithmetic prompts", VERSION, self.seed, kind if split == "train" else "", split)
+        seen: set[str] = set()
+        while len(seen) < count.get(split, self.n_test):
+            a, b = (1 + int(rng.random() * self.largest_operand) for _ in range(2))
+            c = 1 + int(rng.random() * min(a + b, self.largest_operand))
+            if _split_of(a, b, c) != split:
+                continue
+            text = pick(rng, QUESTIONS).format(name=pick(rng, NAMES), thing=pick(rng, THINGS), a=a, b=b, c=c)
+            messages = (Message("user", text),)
+            prompt = Prompt(ids.prompt_id(messages), messages, (("answer", str(a + b - c)),))
+            if prompt.prompt_id not in seen:
+                seen.add(prompt.prompt_id)
+                yield prompt, (a, b, c)
+
+
+def _split_of(a: int, b: int, c: int) -> Split:
+    place = share("arithmetic split", a, b, c)
+    return "train" if place < 0.6 else "validation" if place < 0.7 else "test"
+
+
+def _answer(a: int, b: int, c: int) -> str:
+    return ANSWER.format(a=a, b=b, c=c, s=a + b, d=a + b - c)
+
+
+def _wrong_answer(rng: random.Random, a: int, b: int, c: int) -> str:
+    # Near misses, never negative: the slip that a weak calculator makes.
+    shift = pick(rng, (-2, -1, 1, 2))
+    d = a + b - c
+    if rng.random() < 0.5:
+        return ANSWER.format(a=a, b=b, c=c, s=a + b, d=d + (shift if d + shift >= 0 else -shift))
+    wrong = a + b + (shift if a + b + shift >= c else -shift)
+    return ANSWER.format(a=a, b=b, c=c, s=wrong, d=wrong - c)
+
+
+def texts_with_every_word() -> Iterator[str]:
+    """Texts in which every word of the data set stands in every position in which it can stand."""
+    for number in range(LARGEST + 3):
+        yield f"{number} is {number}. {number}"
+    for question in QUESTIONS:
+        yield question.format(name="Tom", thing="coins", a=1, b=2, c=3)
+    for name in NAMES:
+        yield f"{name} and {name}"
+    for thing in THINGS:
+        yield f"many {thing}"
+    yield ANSWER.format(a=1, b=2, c=3, s=4, d=5)
