@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from dppo.types import Json
 
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+# Enters every artifact's fingerprint: with another layout on disk, artifacts of the old one are other artifacts.
+LAYOUT = 1
 
 
 def fingerprint(content: object) -> str:
@@ -29,6 +31,11 @@ def fingerprint(content: object) -> str:
     NaN and infinity, naming the place.
     """
     return hashlib.sha256(to_bytes(canonical(content))).hexdigest()
+
+
+def identity(stage: str, inputs: Json, parents: Sequence[str]) -> str:
+    """The fingerprint of what ``stage`` makes from ``inputs`` and from the artifacts ``parents``, in this order."""
+    return fingerprint({"layout": LAYOUT, "stage": stage, "content": inputs, "parents": list(parents)})
 
 
 def canonical(value: object, place: str = "content") -> Json:

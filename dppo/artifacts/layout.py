@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 
 from dppo.artifacts import manifest as manifests
 from dppo.artifacts.files import disk_errors, remove, write_atomic
-from dppo.artifacts.fingerprint import FINGERPRINT, canonical, differences, fingerprint, short
+from dppo.artifacts.fingerprint import FINGERPRINT, canonical, differences, fingerprint, identity, short
 from dppo.artifacts.locks import OnWait, hold
 from dppo.artifacts.manifest import Damaged, FileRecord, Manifest
 
 if TYPE_CHECKING:
     from dppo.types import Artifact, Json
 
-# Enters every fingerprint: with another layout on disk, artifacts of the old one are other artifacts.
-LAYOUT = 1
 STAGE = re.compile(r"[a-z][a-z0-9_]{0,39}")
 TAG = "CACHEDIR.TAG"  # https://bford.info/cachedir/: backups skip the directory, and gc knows that it is ours
 _TAG_TEXT = (
@@ -56,7 +54,10 @@ class Layout:
         probe = self.make(".building") / f"probe-{secrets.token_hex(4)}"
         with disk_errors(self.root):
             write_atomic(probe, b"")
-            probe.unlink()
+            probe.unlink(missing_ok=True)
+
+    def lock_path(self, stage: str, fingerprint: str, suffix: str = "") -> Path:
+        return self.root / ".locks" / f"{stage}-{fingerprint}{suffix}.lock"
 
     def record_run(self, run: Path, artifacts: Sequence[tuple[str, str]]) -> None:
         """Write ``parents.json`` of a run directory, the (stage, fingerprint) pairs that it uses, and remember the run.
@@ -109,9 +110,6 @@ class Entry:
         """The name of this place in the flat directories of the cache."""
         return f"{self.stage}-{self.fingerprint}"
 
-    def lock_path(self, suffix: str = "") -> Path:
-        return self.layout.root / ".locks" / f"{self.slug}{suffix}.lock"
-
     @contextmanager
     def lock(self, on_wait: OnWait | None = None) -> Iterator[None]:
         """Be the one process that builds this.
@@ -120,7 +118,7 @@ class Entry:
         killed, the system releases the lock and a waiter takes over what the holder had finished.
         """
         self.layout.make(".locks")
-        with hold(self.lock_path(), self.name, on_wait):
+        with hold(self.layout.lock_path(self.stage, self.fingerprint), self.name, on_wait):
             yield
 
     def artifact(self, *, reused: bool) -> Artifact:
@@ -192,5 +190,4 @@ def identify(stage: str, content: object, parents: Sequence[str]) -> tuple[str, 
         if not FINGERPRINT.fullmatch(parent):
             raise ValueError(f"parent {parent!r} of stage {stage}: must be a fingerprint")
     inputs = canonical(content)
-    identity = {"layout": LAYOUT, "stage": stage, "content": inputs, "parents": list(parents)}
-    return stage, fingerprint(identity), inputs, tuple(parents)
+    return stage, identity(stage, inputs, parents), inputs, tuple(parents)

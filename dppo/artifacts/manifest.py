@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import dppo
 from dppo.artifacts.files import hash_file, write_atomic
-from dppo.artifacts.fingerprint import to_bytes
+from dppo.artifacts.fingerprint import identity, to_bytes
 
 if TYPE_CHECKING:
     from dppo.types import Json
@@ -78,8 +78,8 @@ class Manifest:
                 raise Damaged(f"{NAME} does not match its checksum")
             files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
             return cls(**{**body, "parents": tuple(body["parents"]), "files": files})
-        except FileNotFoundError:
-            raise Damaged(f"{NAME} is missing") from None
+        except OSError as error:
+            raise Damaged(f"{NAME} cannot be read ({error.strerror})") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"{NAME} is unreadable ({type(error).__name__})") from None
 
@@ -87,12 +87,28 @@ class Manifest:
         """Raise Damaged unless every listed file is there with its size, and if ``deep`` with its sha256."""
         for name, record in self.files.items():
             path = directory / name
-            if not path.is_file():
-                raise Damaged(f"{name} is missing")
-            if (size := path.stat().st_size) != record.bytes:
-                raise Damaged(f"{name} has {size} bytes instead of {record.bytes}")
-            if deep and hash_file(path) != record.sha256:
-                raise Damaged(f"{name} does not match its sha256")
+            try:
+                if (size := path.stat().st_size) != record.bytes:
+                    raise Damaged(f"{name} has {size} bytes instead of {record.bytes}")
+                if deep and hash_file(path) != record.sha256:
+                    raise Damaged(f"{name} does not match its sha256")
+            except OSError as error:
+                raise Damaged(f"{name} cannot be read ({error.strerror})") from None
+
+
+def artifact_problem(path: Path, *, deep: bool) -> str | None:
+    """What is wrong with the artifact or store in ``<stage>/<fingerprint>``, or None; of a store only its manifest.
+
+    ``deep`` reads every byte, otherwise the sizes of the files must do.
+    """
+    try:
+        manifest = Manifest.read(path)
+        if identity(manifest.stage, manifest.inputs, manifest.parents) != path.name:
+            raise Damaged(f"{NAME} belongs to another artifact")
+        manifest.check_files(path, deep=deep)
+    except Damaged as damage:
+        return str(damage)
+    return None
 
 
 def now() -> str:

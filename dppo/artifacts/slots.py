@@ -16,7 +16,7 @@ from dppo.artifacts.files import DISK_FULL, disk_errors, hash_file, remove, sync
 from dppo.artifacts.fingerprint import to_bytes
 from dppo.artifacts.layout import Entry
 from dppo.artifacts.locks import OnWait
-from dppo.artifacts.manifest import Damaged, FileRecord, Manifest
+from dppo.artifacts.manifest import FileRecord, Manifest, artifact_problem
 
 if TYPE_CHECKING:
     from dppo.types import Artifact, Json
@@ -58,33 +58,20 @@ class Slot(Entry):
         """The manifest of the complete artifact; raises Damaged."""
         return Manifest.read(self.path)
 
-    def problem(self, *, deep: bool) -> str | None:
-        """What is wrong with the artifact on disk, or None; ``deep`` reads every byte, otherwise sizes must do."""
-        try:
-            manifest = self.manifest()
-            if (manifest.stage, manifest.fingerprint) != (self.stage, self.fingerprint):
-                raise Damaged("the manifest belongs to another artifact")
-            manifest.check_files(self.path, deep=deep)
-        except Damaged as damage:
-            return str(damage)
-        return None
-
     def complete(self) -> bool:
         """Whether the artifact is there: manifest sound, every file of the right size (with ``verify``: and hash).
 
         A damaged one counts as absent, with a warning, and the next build replaces it.
         """
-        if not self.path.exists():
-            return False
-        if (problem := self.problem(deep=self.verify)) is not None:
-            logger.warning("%s is damaged and will be rebuilt: %s (%s)", self.name, problem, self.path)
-            return False
-        return True
+        problem = artifact_problem(self.path, deep=self.verify)
+        if problem is not None and self.path.exists():
+            logger.warning("%s is damaged and will be built again: %s (%s)", self.name, problem, self.path)
+        return problem is None
 
     def reason(self) -> str:
         """Why this must be built."""
         if self.path.exists():
-            return f"damaged: {self.problem(deep=True)}"
+            return f"it is damaged: {artifact_problem(self.path, deep=True)}"
         with suppress(OSError):
             if any(self.work.iterdir()):
                 return "continues an unfinished build"
@@ -92,7 +79,7 @@ class Slot(Entry):
 
     def get_or_build(self, build: Callable[[Build], None], on_wait: OnWait | None = None) -> Artifact:
         """The artifact: reused if it is complete, else built by exactly one of the processes that ask for it."""
-        if not self.complete():
+        if artifact_problem(self.path, deep=self.verify) is not None:
             with self.lock(on_wait):
                 if not self.complete():
                     with self.building() as started:
@@ -140,7 +127,7 @@ class Slot(Entry):
         self.new_manifest("artifact", timings=build.timings, files=files, extra=build.extra).write(build.directory)
         sync_tree(build.directory)
         self.path.parent.mkdir(exist_ok=True)
-        if self.path.exists() and self.problem(deep=True) is not None:
+        if self.path.exists() and artifact_problem(self.path, deep=True) is not None:
             self.layout.set_aside(self.path)
         if not self.path.exists():
             build.directory.rename(self.path)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
@@ -19,16 +20,17 @@ from dppo.artifacts import manifest as manifests
 from dppo.artifacts.files import disk_errors, hash_file, remove, write_atomic
 from dppo.artifacts.layout import Entry
 from dppo.artifacts.locks import hold
-from dppo.artifacts.manifest import Damaged, Manifest
+from dppo.artifacts.manifest import Damaged, artifact_problem
 from dppo.errors import UserError
 
 if TYPE_CHECKING:
-    from dppo.types import Json
+    from dppo.types import Artifact, Json
 
 logger = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.float32]
 Row = TypeVar("Row")
+APPEND = ".append"  # the lock that is held while a shard is written
 SHARD = re.compile(r"(?P<rows>\d+)-(?P<sha256>[0-9a-f]{64})\.(?:jsonl|safetensors)")
 
 
@@ -170,15 +172,12 @@ class Store(Entry, Generic[Row]):
         is full or not writable, ValueError or TypeError for a row that the format cannot hold.
         """
         self.layout.make(".locks")
-        with hold(self.lock_path(".append"), f"{self.name} to be written"):
+        with hold(self.layout.lock_path(self.stage, self.fingerprint, APPEND), f"{self.name} to be written"):
             with disk_errors(self.layout.root):
                 self.shards.mkdir(parents=True, exist_ok=True)
                 for leftover in self.shards.glob(".*.tmp"):
                     remove(leftover)  # of a process that died: the lock is ours now
-                try:
-                    Manifest.read(self.path)
-                except Damaged:
-                    self.new_manifest(self.format.kind).write(self.path)
+                self._mend_manifest()
             self._refresh()
             new = {key: row for key, row in rows.items() if key not in self._index}
             if not new:
@@ -188,6 +187,18 @@ class Store(Entry, Generic[Row]):
             with disk_errors(self.layout.root):
                 write_atomic(self.shards / shard, data)
             self._take(shard, list(new))
+
+    def artifact(self, *, reused: bool) -> Artifact:
+        """The record of this store for those who use it."""
+        with suppress(OSError):  # a cache that we may only read
+            self._mend_manifest()
+        return super().artifact(reused=reused)
+
+    def _mend_manifest(self) -> None:
+        """Write the manifest if it is not there as it should be: all of it is known."""
+        if artifact_problem(self.path, deep=False) is not None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.new_manifest(self.format.kind).write(self.path)
 
     def _refresh(self) -> None:
         """Open the shards that appeared since the last look, forget those that are gone."""
