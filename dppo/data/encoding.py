@@ -1,0 +1,341 @@
+"""From text to token ids: one chat template, one boundary between prompt and response, one length limit.
+
+The whole chat is rendered by the model's chat template and cut, as text, where the prompt ends. So a response is what
+the template writes behind the prompt: the answer and the end-of-turn token, without what follows that token.
+Tokens that cross the boundary do not occur; otherwise both sides have the ids that the whole text would have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dppo.data.ids import ID_DIGITS
+from dppo.errors import UserError
+from dppo.types import EncodedExample, EncodedResponse, Generation, Message, PreferenceExample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEXTS_PER_CALL = 1024  # the tokenizer keeps about 100 bytes a token while it works on a call
+_FIXED_DAY = datetime.datetime(2024, 7, 26)  # for templates that write today's date into the prompt
+
+
+class TemplateRefusal(Exception):
+    """The chat template raised an error for this conversation; the message is the template's."""
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """Examples that fit into ``max_length`` tokens, prompt and any one response together (None: no limit).
+
+    ``n_dropped`` examples are missing, ``n_truncated`` responses were cut; ``notes`` say so in lines for the user.
+    """
+
+    examples: tuple[EncodedExample, ...]
+    max_length: int | None
+    n_dropped: int
+    n_truncated: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A chat as text: the prompt, and what each answer adds to it. ``mark`` hides control tokens in the turns."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    mark: str | None
+
+
+class ChatEncoder:
+    """Prompts and responses as token ids of one model.
+
+    Control tokens are written by the template only: in the text of a turn their spellings become ordinary tokens.
+    Raises UserError if the tokenizer has no chat template, or one that cannot be used.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"model: the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; choose a model "
+                "that has one, or set model.chat_template to a Jinja file"
+            )
+        self.template_text: str = tokenizer.get_chat_template()
+        added = tokenizer.added_tokens_decoder
+        special = {*tokenizer.all_special_tokens, *(token.content for token in added.values() if token.special)}
+        written = {token.content for token in added.values() if token.content in self.template_text}
+        control = {token for token in special | written if len(token.strip()) > 1}
+        # Longest first; without control tokens nothing matches.
+        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
+        # One integer object for each id, shared by all examples: 60,000 pairs would take gigabytes otherwise.
+        self._ids = tuple(range(max(len(tokenizer), *added, 0) + 1))
+        # Where a model expects a token before any text, and the template does not write it.
+        plain = self._tokenize(["a"], add_special_tokens=True)[0]
+        self._first = plain[:1] if plain[0] == tokenizer.bos_token_id else ()
+        self._end, self._suffix, self._turn_end = self._learn_end_of_turn()
+        example = self._template((Message("user", "question"),), for_generation=True)
+        self._prompt_control = tuple(set(self._control.findall(example)))
+
+    @functools.cached_property
+    def end_of_turn_ids(self) -> tuple[int, ...]:
+        """The ids that end a generation: the end-of-turn token first, then the tokenizer's eos if it is another."""
+        end = self._tokenize([self._end])[0][0]
+        eos = self._tokenizer.eos_token_id
+        return (end,) if eos is None or eos == end else (end, eos)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The ids of a prompt up to where the model's answer begins. Raises UserError if the template refuses it."""
+        try:
+            rendered = self._render(messages, ())
+        except TemplateRefusal as error:
+            raise UserError(f"the model's chat template refuses a prompt: {error}") from None
+        return self._prompts([rendered])[0]
+
+    def response_ids(self, messages: Sequence[Message], answer_text: str) -> tuple[int, ...]:
+        """The ids of an answer to this prompt, end-of-turn token included. Raises UserError if the template refuses."""
+        try:
+            rendered = self._render(messages, (answer_text,))
+        except TemplateRefusal as error:
+            raise UserError(f"the model's chat template refuses a conversation: {error}") from None
+        return self._answers([rendered])[0]
+
+    def encode(self, examples: Sequence[PreferenceExample], max_length: int | str | None) -> EncodedSet:
+        """Tokenise examples and cut them to ``max_length`` tokens: a number, a percentile such as "p95", or None.
+
+        The limit holds for the prompt and any one of its responses together; a percentile is that of the longest such
+        sequence of each example given here, so that p95 leaves at least 95 % of these examples whole. Responses are
+        cut at their end, prompts never. An example is dropped if the limit leaves no token for a response, if cutting
+        makes chosen and rejected equal, or if the template refuses it.
+
+        Raises UserError if no example is left, or none was given.
+        """
+        if not examples:
+            raise UserError("there are no examples to tokenise")
+        left_out: Counter[str] = Counter()
+        kept, chats = [], []
+        for example in examples:
+            try:
+                chats.append(self._render(example.prompt.messages, [one.text for one in example.responses]))
+                kept.append(example)
+            except TemplateRefusal as error:
+                left_out[f"refused by the chat template ({error})"] += 1
+        prompts, answers = self._prompts(chats), iter(self._answers(chats))
+        whole = []
+        for example, prompt in zip(kept, prompts, strict=True):
+            responses = []
+            for response in example.responses:
+                token_ids = next(answers)
+                responses.append(EncodedResponse(response_id(token_ids), response.role, token_ids, response.score))
+            whole.append(EncodedExample(example.example_id, example.prompt.prompt_id, prompt, tuple(responses)))
+        limit = max_length
+        if isinstance(limit, str):
+            limit = percentile([_longest(example) for example in whole], limit) if whole else None
+        fitting, n_truncated = [], 0
+        for one in whole:
+            room = None if limit is None else limit - len(one.prompt_ids)
+            if room is not None and room < 1:
+                left_out[f"prompt leaves no room for an answer in {limit:,} tokens"] += 1
+                continue
+            cut = dataclasses.replace(one, responses=tuple(_cut(response, room) for response in one.responses))
+            chosen, rejected = cut.response("chosen"), cut.response("rejected")
+            if chosen is not None and rejected is not None and chosen.token_ids == rejected.token_ids:
+                left_out["chosen and rejected have equal tokens"] += 1
+                continue
+            n_truncated += sum(new is not old for new, old in zip(cut.responses, one.responses, strict=True))
+            fitting.append(cut)
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in left_out.most_common())
+        if not fitting:
+            shortest = (
+                f"; the shortest prompt has {min(len(one.prompt_ids) for one in whole):,} tokens" if whole else ""
+            )
+            raise UserError(
+                f"max_length={'null' if max_length is None else max_length}: none of {len(examples):,} examples is "
+                f"left ({reasons}){shortest}; raise max_length, or choose other data or another model"
+            )
+        longest = max(_longest(one) for one in whole)
+        notes = [f"longest of {len(whole):,} examples: {longest:,} tokens, limit {'none' if limit is None else limit}"]
+        if isinstance(max_length, str):
+            notes[0] += f" ({max_length} of these examples)"
+        if n_truncated:
+            notes.append(
+                f"{n_truncated:,} of {sum(len(one.responses) for one in fitting):,} responses cut at the limit"
+            )
+        if left_out:
+            notes.append(f"{sum(left_out.values()):,} of {len(examples):,} examples left out ({reasons})")
+        return EncodedSet(tuple(fitting), limit, sum(left_out.values()), n_truncated, tuple(notes))
+
+    def add_generated(
+        self, encoded: Sequence[EncodedExample], generations: Mapping[str, Generation], max_length: int | None
+    ) -> tuple[EncodedExample, ...]:
+        """The examples with the model's own answer to their prompt as response ``generated``, cut to ``max_length``.
+
+        ``generations`` are keyed by prompt_id. Raises KeyError for a prompt without one, ValueError for an empty one.
+        """
+        extended = []
+        for example in encoded:
+            generation = generations[example.prompt_id]
+            if not generation.token_ids:
+                raise ValueError(f"the generation for prompt {example.prompt_id} has no tokens")
+            room = None if max_length is None else max_length - len(example.prompt_ids)
+            whole = EncodedResponse(response_id(generation.token_ids), "generated", generation.token_ids)
+            extended.append(dataclasses.replace(example, responses=(*example.responses, _cut(whole, room))))
+        return tuple(extended)
+
+    def _learn_end_of_turn(self) -> tuple[str, str, str]:
+        """The end-of-turn token; what the template writes behind an answer; and how much of that a response keeps."""
+        answer = "answer"
+        try:
+            _, (written,) = self._texts((Message("user", "question"),), (answer,))
+        except TemplateRefusal as error:
+            raise UserError(f"model: its chat template cannot be used: {error}") from None
+        _, found, suffix = written.rpartition(answer)
+        if not found:
+            raise UserError("model: its chat template does not write the text of an answer")
+        end = self._control.search(suffix)
+        if end is not None:
+            return end[0], suffix, suffix[: end.end()]
+        eos = self._tokenizer.eos_token
+        if not isinstance(eos, str):
+            raise UserError("model: its chat template writes no token behind an answer and its tokenizer has no eos")
+        return eos, suffix, suffix.rstrip() + eos
+
+    def _render(self, messages: Sequence[Message], answers: Sequence[str]) -> _Rendered:
+        texts = [*(message.content for message in messages), *answers]
+        mark = None
+        if any(self._control.search(text) for text in texts):
+            # A mark behind the first character of every spelling keeps it from being read as a control token; the
+            # text is cut at the marks before it is tokenised.
+            mark = next(sign for sign in map(chr, range(0xE000, 0xF900)) if not any(sign in text for text in texts))
+
+        def hidden(text: str) -> str:
+            return text if mark is None else self._control.sub(lambda found: f"{found[0][0]}{mark}{found[0][1:]}", text)
+
+        turns = tuple(Message(message.role, hidden(message.content)) for message in messages)
+        prompt, written = self._texts(turns, tuple(hidden(answer) for answer in answers))
+        kept = []
+        for text in written:
+            if not text.endswith(self._suffix):
+                raise TemplateRefusal("it ends this answer in another way than others")
+            kept.append(text[: len(text) - len(self._suffix)] + self._turn_end)
+        return _Rendered(prompt, tuple(kept), mark)
+
+    def _texts(self, turns: tuple[Message, ...], answers: Sequence[str]) -> tuple[str, list[str]]:
+        """The prompt as text, and what the template writes behind it for each answer."""
+        prompt = self._template(turns, for_generation=True)
+        written = []
+        for answer in answers:
+            chat = self._template((*turns, Message("assistant", answer)), for_generation=False)
+            if not chat.startswith(prompt):
+                raise TemplateRefusal("it begins an answer in another way in a conversation than for generation")
+            written.append(chat[len(prompt) :])
+        return prompt, written
+
+    def _template(self, turns: Sequence[Message], *, for_generation: bool) -> str:
+        import jinja2
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": turn.role, "content": turn.content} for turn in turns],
+                tokenize=False,
+                add_generation_prompt=for_generation,
+                strftime_now=_FIXED_DAY.strftime,
+            )
+        except jinja2.TemplateError as error:
+            raise TemplateRefusal(str(error)) from None
+        return str(text)
+
+    def _prompts(self, chats: Sequence[_Rendered]) -> list[tuple[int, ...]]:
+        """The ids of each prompt, with the token that this model expects first."""
+        unique = {(chat.prompt, chat.mark): () for chat in chats}
+        found = dict(zip(unique, self._tokenize_marked(list(unique)), strict=True))
+        ids = [found[chat.prompt, chat.mark] for chat in chats]
+        return [one if one[:1] == self._first else (*self._first, *one) for one in ids]
+
+    def _answers(self, chats: Sequence[_Rendered]) -> list[tuple[int, ...]]:
+        """The ids of every answer of every chat, tokenised behind the end of their prompt."""
+        leads, texts = [], []
+        for chat in chats:
+            # Control tokens stand alone whatever is around them, so what precedes the last one has no influence.
+            start = max((chat.prompt.rfind(token) for token in self._prompt_control), default=-1)
+            for answer in chat.answers:
+                leads.append((chat.prompt[max(start, 0) :], chat.mark))
+                texts.append((answer, chat.mark))
+        unique = dict.fromkeys(leads)
+        lead_ids = dict(zip(unique, self._tokenize_marked(list(unique)), strict=True))
+        joint = self._tokenize_marked(
+            [(lead + text, mark) for (lead, mark), (text, _) in zip(leads, texts, strict=True)]
+        )
+        found = []
+        for lead, text, ids in zip(leads, texts, joint, strict=True):
+            n_lead = len(lead_ids[lead])
+            # A token across the boundary could not follow the prompt's own ids.
+            found.append(ids[n_lead:] if ids[:n_lead] == lead_ids[lead] else self._tokenize_alone(*text))
+        return found
+
+    def _tokenize_marked(self, texts: Sequence[tuple[str, str | None]]) -> list[tuple[int, ...]]:
+        """The ids of texts, each with the mark that hides control tokens in it, or None."""
+        plain = iter(self._tokenize([text for text, mark in texts if mark is None]))
+        return [next(plain) if mark is None else self._tokenize_pieces(text.split(mark)) for text, mark in texts]
+
+    def _tokenize_alone(self, text: str, mark: str | None) -> tuple[int, ...]:
+        """The ids of a text that follows another one, without tokens that span both."""
+        pieces = [text] if mark is None else text.split(mark)
+        return self._tokenize_pieces([self._end + pieces[0], *pieces[1:]])[1:]
+
+    def _tokenize_pieces(self, pieces: Sequence[str]) -> tuple[int, ...]:
+        """The ids of consecutive pieces. A control token before all but the first keeps off a word-start mark."""
+        first, *others = self._tokenize([pieces[0], *(self._end + piece for piece in pieces[1:])])
+        return sum((ids[1:] for ids in others), first)
+
+    def _tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[tuple[int, ...]]:
+        shared = self._ids.__getitem__
+        found: list[tuple[int, ...]] = []
+        for start in range(0, len(texts), _TEXTS_PER_CALL):
+            encoded = self._tokenizer(
+                list(texts[start : start + _TEXTS_PER_CALL]),
+                add_special_tokens=add_special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+            found += [tuple(map(shared, ids)) for ids in encoded["input_ids"]]
+        return found
+
+
+def response_id(token_ids: Sequence[int]) -> str:
+    """A hash of token ids: 32 hexadecimal digits."""
+    import numpy as np
+
+    return hashlib.sha256(np.asarray(token_ids, dtype="<i8").tobytes()).hexdigest()[:ID_DIGITS]
+
+
+def percentile(lengths: Sequence[int], word: str) -> int:
+    """The smallest of these lengths that is at least as long as a share of them: "p95" for 95 %.
+
+    Raises UserError for another word than p1 to p100.
+    """
+    found = re.fullmatch(r"p(\d{1,3})", word)
+    if found is None or not 1 <= int(found[1]) <= 100:
+        raise UserError(f"max_length={word}: must be a number of tokens, a percentile such as p95, or null")
+    return sorted(lengths)[math.ceil(int(found[1]) * len(lengths) / 100) - 1]
+
+
+def _longest(example: EncodedExample) -> int:
+    return len(example.prompt_ids) + max(len(response.token_ids) for response in example.responses)
+
+
+def _cut(response: EncodedResponse, room: int | None) -> EncodedResponse:
+    if room is None or len(response.token_ids) <= room:
+        return response
+    token_ids = response.token_ids[:room]
+    return dataclasses.replace(response, response_id=response_id(token_ids), token_ids=token_ids)

@@ -1,0 +1,125 @@
+"""Rows from local files: parquet, JSON lines and CSV. Files are named one by one, never found by a cache's key."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from dppo.errors import UserError
+
+FORMATS = (".parquet", ".jsonl", ".csv")
+
+
+def read_rows(
+    files: Sequence[Path], needed: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[dict[str, object]]:
+    """The rows of several files, one after another, with the columns ``needed`` and those of ``optional`` there are.
+
+    Values are as the file has them: strings, numbers, lists of mappings, None. Raises UserError that names the file
+    (and the line, for text formats) if it is missing, empty, not readable, of an unknown format, or lacks a column.
+    """
+    for file in files:
+        read = {".parquet": _parquet, ".jsonl": _json_lines, ".csv": _csv}.get(file.suffix)
+        if read is None:
+            raise UserError(f"{file}: unknown format {file.suffix or '(no ending)'}; use {', '.join(FORMATS)}")
+        if not file.is_file():
+            raise UserError(f"{file}: there is no such file")
+        if file.stat().st_size == 0:
+            raise UserError(f"{file}: is empty")
+        count = 0
+        for row in read(file, needed, optional):
+            count += 1
+            yield row
+        if count == 0:
+            raise UserError(f"{file}: has no rows")
+
+
+def content_digest(files: Sequence[Path]) -> str:
+    """32 hexadecimal digits for the bytes of the files, whatever their names and folder.
+
+    Raises UserError if one is missing.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:
+            raise UserError(f"{file}: there is no such file") from None
+        digest.update(_file_digest(file.resolve(), status.st_size, status.st_mtime_ns))
+    return digest.hexdigest()[:32]
+
+
+@functools.lru_cache(maxsize=256)
+def _file_digest(file: Path, size: int, modified: int) -> bytes:
+    """SHA-256 of a file; size and time of change are there to hash a rewritten file anew."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def _check_columns(where: str, found: Sequence[str], needed: Sequence[str]) -> None:
+    missing = [column for column in needed if column not in found]
+    if missing:
+        raise UserError(
+            f"{where}: has no column {', '.join(missing)}; found {', '.join(found) or 'none'}, "
+            f"needed {', '.join(needed)}"
+        )
+
+
+def _parquet(file: Path, needed: Sequence[str], optional: Sequence[str]) -> Iterator[dict[str, object]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            found = table.schema_arrow.names
+            _check_columns(str(file), found, needed)
+            columns = [*needed, *(column for column in optional if column in found)]
+            for batch in table.iter_batches(batch_size=4096, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: is not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _json_lines(file: Path, needed: Sequence[str], optional: Sequence[str]) -> Iterator[dict[str, object]]:
+    first = True
+    for number, line in enumerate(_lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}:{number}: is not JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, Mapping):
+            raise UserError(f"{file}:{number}: is not a JSON object with the columns {', '.join(needed)}")
+        if first:  # later rows may leave a column out, which means null
+            _check_columns(f"{file}:{number}", list(row), needed)
+            first = False
+        yield {column: row.get(column) for column in (*needed, *optional)}
+
+
+def _csv(file: Path, needed: Sequence[str], optional: Sequence[str]) -> Iterator[dict[str, object]]:
+    lines = csv.reader(_lines(file), strict=True)
+    try:
+        header = next(lines, [])
+        _check_columns(str(file), header, needed)
+        for cells in lines:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise UserError(f"{file}:{lines.line_num}: has {len(cells)} cells, the header has {len(header)}")
+            row = dict(zip(header, cells, strict=True))
+            yield {column: row.get(column) or None for column in (*needed, *optional)}
+    except csv.Error as error:
+        raise UserError(f"{file}:{lines.line_num}: is not CSV ({error})") from None
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            yield from stream
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not UTF-8 text (byte {error.start})") from None
