@@ -30,6 +30,7 @@ _CHECKED_JOBS = 200
 def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     """One job of Hydra's: the values of ``objectives``, one as a float, several as a tuple."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
     from omegaconf import OmegaConf
 
     hydra = HydraConfig.get()
@@ -52,10 +53,12 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
         # Not an Exception: a multirun must stop as well.
         raise KeyboardInterrupt(str(stop)) from None
     except UserError as error:
-        if hydra.mode.name == "MULTIRUN":
+        if hydra.mode == RunMode.MULTIRUN:
             # The other jobs go on; which one failed is said at once, and again by the exit status.
             complain(f"job {hydra.job.num} ({' '.join(overrides)}): {error}")
-        raise
+            raise
+        # Past Hydra, which would announce an exception in lines of its own.
+        raise SystemExit(complain(str(error))) from None
     return values[0] if len(values) == 1 else values
 
 
@@ -91,6 +94,9 @@ def main() -> int:
         said = str(stop)
         print(f"interrupted{': ' + said if said else ''}; the same command continues", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of --help or --cfg has seen enough
+        sys.stderr.close()
+        return 0
     except PermissionError as error:
         return complain(f"{error.filename}: not writable ({error.strerror}); choose another hydra.run.dir or cache.dir")
     except OSError as error:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dppo.models import Model
     from dppo.rewards import Reward
     from dppo.tracking import Tracking
-    from dppo.types import Objective
+    from dppo.types import Json, Objective
 
 # The checkout keeps conf/ and sweeps/ at the top level; a wheel carries them inside the package.
 _PACKAGE = Path(__file__).resolve().parent
@@ -119,6 +119,13 @@ class TrainSettings:
             self.save,
             "needs evaluations to choose from: set evaluate_every to a number of steps, or save=last",
         )
+
+    def identity(self) -> dict[str, Json]:
+        """What decides the trained model; how a batch is cut, logged and checkpointed does not."""
+        kept = dataclasses.asdict(self)
+        for key in ("tokens_per_micro_batch", "activation_checkpointing", "log_every", "checkpoint_every"):
+            del kept[key]
+        return kept
 
 
 @dataclass(frozen=True)
@@ -237,7 +244,7 @@ def canonical(overrides: Sequence[str]) -> list[str]:
 
     Raises ``UserError`` if both are given and differ.
     """
-    given = {}
+    given: dict[str, str] = {}
     renamed = []
     for override in overrides:
         match = re.match(r"(\+{0,2})(penalty|penalty_fn)=(.*)$", override, re.DOTALL)

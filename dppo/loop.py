@@ -9,6 +9,7 @@ number of processes changes the mean that is minimised.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -26,7 +27,16 @@ from dppo.batches import batches, collate, micro_batches
 from dppo.config import TrainSettings
 from dppo.logps import ResponseScorer
 from dppo.progress import Progress
-from dppo.types import Batch, EncodedExample, LossContext, LossTerms, Objective, ResponseLogps, StatisticsObjective
+from dppo.types import (
+    Batch,
+    EncodedExample,
+    Json,
+    LossContext,
+    LossTerms,
+    Objective,
+    ResponseLogps,
+    StatisticsObjective,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,6 +61,9 @@ class Outcome:
     example_ids: tuple[str, ...] = ()  # of the batch that diverged
     best_step: int | None = None
     computed_tokens: int = 0
+
+    def to_json(self) -> dict[str, Json]:
+        return {**dataclasses.asdict(self), "example_ids": list(self.example_ids)}
 
 
 @dataclass
@@ -181,13 +194,6 @@ def context_of(batch: Batch, mean_tokens: float, statistics: Tensor | None) -> L
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-def make_accelerator(precision: Literal["fp32", "bf16"], device: torch.device) -> Accelerator:
-    """Accelerate's object for this device; under ``torchrun`` it joins the process group."""
-    from accelerate import Accelerator
-
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=device.type == "cpu")
-
-
 def train(
     model: PreTrainedModel,
     objective: Objective,
@@ -208,6 +214,7 @@ def train(
     this run's own; a checkpoint found there is continued. Raises ``Interrupted`` after SIGINT or SIGTERM.
     """
     torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(settings.deterministic)
     set_dropout(model, settings.dropout)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -301,7 +308,7 @@ class _Run:
         self, part: Sequence[EncodedExample], mean_tokens: float, statistics: Tensor | None
     ) -> tuple[Batch, ResponseLogps, ResponseLogps | None, LossContext]:
         batch = collate(part).to(self.accelerator.device)
-        with self.accelerator.autocast():
+        with torch.autocast(batch.token_ids.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
             policy = self.scorer(batch)
         reference = stored_logps(self.reference, batch, policy) if self.reference is not None else None
         return batch, policy, reference, context_of(batch, mean_tokens, statistics)
@@ -468,8 +475,8 @@ def _stop_signal() -> Iterator[_Flag]:
     try:
         yield flag
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

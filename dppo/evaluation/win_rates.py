@@ -53,7 +53,7 @@ def win_rate(policy: Sequence[float], reference: Sequence[float], *, n_bootstrap
     """The win rate of one run on P prompts, from both models' rewards."""
     found = outcomes(policy, reference)
     n, wins, ties = len(found), int((found == 1).sum()), int((found == 0.5).sum())
-    interval = crossed_mean(found[None], n_bootstrap=n_bootstrap, seed=seed)
+    interval = crossed_rate(found[None], n_bootstrap=n_bootstrap, seed=seed)
     strict_low, strict_high = wilson(wins, n)
     return WinRate(
         value=interval.value,
@@ -69,17 +69,22 @@ def win_rate(policy: Sequence[float], reference: Sequence[float], *, n_bootstrap
 
 
 def crossed_mean(values: Array, *, n_bootstrap: int, seed: int) -> Interval:
-    """The mean of (S, P) outcomes of S seeds on the same P prompts, with its bootstrap interval.
+    """The mean of (S, P) values of S seeds on the same P prompts, with its bootstrap interval.
 
-    Every resample draws seeds, and prompts once for all of them: the seeds share the prompts. Where the bootstrap
-    has no width at 0 or 1, Wilson's interval on P prompts is used.
+    Every resample draws seeds, and prompts once for all of them: the seeds share the prompts.
     """
     means = _crossed_bootstrap(values, n_bootstrap, seed)
-    value = float(values.mean())
     low, high = (float(bound) for bound in np.quantile(means, [0.025, 0.975]))
-    if low == high and value in (0.0, 1.0):
-        low, high = wilson(value * values.shape[1], values.shape[1])
-    return Interval(value, low, high)
+    return Interval(float(values.mean()), low, high)
+
+
+def crossed_rate(values: Array, *, n_bootstrap: int, seed: int) -> Interval:
+    """``crossed_mean`` of (S, P) outcomes; where it has no width at 0 or 1, Wilson's interval on P prompts."""
+    found = crossed_mean(values, n_bootstrap=n_bootstrap, seed=seed)
+    if found.low == found.high and found.value in (0.0, 1.0):
+        low, high = wilson(found.value * values.shape[1], values.shape[1])
+        return Interval(found.value, low, high)
+    return found
 
 
 def paired_difference(first: Array, second: Array, *, n_bootstrap: int, seed: int) -> tuple[Interval, float]:

@@ -1,0 +1,236 @@
+"""One experiment, as the method section would tell it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dppo import __version__, results
+from dppo.artifacts import Cache
+from dppo.batches import batches
+from dppo.config import Experiment, Phase
+from dppo.data.encoding import ChatEncoder
+from dppo.data.ids import content_hash
+from dppo.data.subsets import nested_subset
+from dppo.errors import UserError
+from dppo.loop import Interrupted, ReferenceLogps, n_steps
+from dppo.stages.compare import compare
+from dppo.stages.drift import drift
+from dppo.stages.generate import generate
+from dppo.stages.preference import Trained, preference
+from dppo.stages.reference import reference_logps
+from dppo.stages.scores import scores
+from dppo.stages.sft import sft
+from dppo.stages.workbench import Workbench
+from dppo.tracking import RunInfo, Tracker
+from dppo.types import Artifact, EncodedExample, Generation, Json, Prompt
+
+
+def run(
+    experiment: Experiment, directory: Path, *, resolved: Mapping[str, Json], overrides: Sequence[str]
+) -> tuple[float, ...]:
+    """Run an experiment, write its run directory and return the values of its objectives.
+
+    ``resolved`` is the configuration as it is recorded, ``overrides`` the words that the user typed. Whatever ends
+    the run, ``result.json`` says how it ended.
+    """
+    started = time.perf_counter()
+    bench = _workbench(experiment)
+    bench.cache.check_writable()
+    record = results.RunDirectory(directory, resolved=resolved, overrides=overrides, experiment=experiment)
+    if bench.is_main:
+        record.open()
+    bench.on_record = lambda: record.parents(bench) if bench.is_main else None
+    for line in results.header(experiment, directory, overrides):
+        bench.say(line)
+    tracker = _tracker(experiment, directory, resolved, overrides) if bench.is_main else None
+    status: Any = "failed"
+    final: dict[str, float | int] = {}
+    try:
+        result = _stages(experiment, bench, record, tracker)
+        result["timings"]["total_seconds"] = round(time.perf_counter() - started, 3)
+        status = result["status"]
+        final = results.final_scalars(result)
+        if bench.is_main:
+            record.result(result)
+        for line in results.summary(result, experiment, directory):
+            bench.say(line)
+        return results.objective_values(result, experiment.objectives)
+    except (KeyboardInterrupt, Interrupted):
+        status = "interrupted"
+        if bench.is_main:
+            record.result({"status": status, "timings": results.timings(bench)})
+        raise
+    finally:
+        if tracker is not None:
+            tracker.finish(status, final)
+
+
+def _stages(
+    experiment: Experiment, bench: Workbench, record: results.RunDirectory, tracker: Tracker | None
+) -> dict[str, Any]:
+    encoder = ChatEncoder(experiment.model.load_tokenizer())
+    evaluation = experiment.evaluation
+    prompts = _evaluation_prompts(experiment)
+    experiment.reward.check(prompts)
+
+    reference = sft(bench, experiment.model, experiment.dataset, experiment.sft, encoder)
+    policy = reference
+    offset = 0
+    for name, phase in experiment.phases.items():
+        base = reference if phase.reference == "sft" else policy
+        trained = _phase(experiment, bench, name, phase, policy, base, encoder)
+        rows = [{**row, "step": int(row["step"]) + offset} for row in trained.metrics]
+        record.metrics(name, rows)
+        if tracker is not None:
+            for row in rows:
+                tracker.log(row)
+        if trained.diverged:
+            return results.diverged(trained, name, bench)
+        offset += int(trained.outcome["steps"])
+        policy = trained.artifact
+
+    settings = experiment.generation
+    own_store, own = generate(bench, "answers", policy, prompts, settings, encoder)
+    other_store, other = generate(bench, "baseline", reference, prompts, settings, encoder)
+    scored, (own_rewards, other_rewards) = scores(bench, experiment.reward, prompts, [own, other])
+    train = next(iter(experiment.phases.values())).train if experiment.phases else experiment.sft.train
+    kl_prompts = nested_subset(prompts, evaluation.n_kl_prompts, 0)
+    pairs = nested_subset(experiment.dataset.pairs(evaluation.split), evaluation.n_pairs, 0)
+    _, moved = drift(
+        bench,
+        policy,
+        reference,
+        _answers_as_examples(kl_prompts, own, encoder),
+        encoder.encode(pairs, None).examples,
+        train,
+    )
+    _, compared = compare(
+        bench,
+        prompts,
+        (own_store, own, own_rewards),
+        (other_store, other, other_rewards),
+        scored,
+        evaluation,
+    )
+    samples = results.samples(prompts, own, other, own_rewards, other_rewards)
+    if bench.is_main:
+        record.samples(samples)
+    if tracker is not None:
+        tracker.table("samples", list(samples[0]), [list(sample.values()) for sample in samples])
+    return results.complete(compared, moved, bench, split=evaluation.split)
+
+
+def _phase(
+    experiment: Experiment,
+    bench: Workbench,
+    name: str,
+    phase: Phase,
+    start: Artifact,
+    base: Artifact,
+    encoder: ChatEncoder,
+) -> Trained:
+    """One preference phase: y_gen and reference log-probs if its loss uses them, then training."""
+    train, seed = phase.train, experiment.seed
+    pairs = nested_subset(experiment.dataset.pairs("train"), train.n_examples, seed)
+    held_out_pairs = nested_subset(experiment.dataset.pairs("validation"), train.n_evaluation_examples, seed)
+    encoded = encoder.encode(pairs, train.max_length)
+    for note in encoded.notes:
+        bench.say(f"  {name}: {note}")
+    examples = _seen(encoded.examples, phase, seed)
+    held_out: tuple[EncodedExample, ...] = ()
+    if train.evaluate_every is not None and held_out_pairs:
+        held_out = encoder.encode(held_out_pairs, encoded.max_length).examples
+    parents: list[str] = []
+    if "generated" in phase.loss.uses_roles:
+        wanted = {example.prompt_id for example in (*examples, *held_out)}
+        asked = {pair.prompt.prompt_id: pair.prompt for pair in (*pairs, *held_out_pairs)}
+        prompts = [prompt for key, prompt in asked.items() if key in wanted]
+        store, answers = generate(bench, "y_gen", base, prompts, experiment.generation, encoder)
+        parents.append(store.fingerprint)
+        examples = encoder.add_generated(examples, answers, encoded.max_length)
+        held_out = encoder.add_generated(held_out, answers, encoded.max_length)
+    lookup: ReferenceLogps | None = None
+    if phase.loss.uses_reference:
+        logps, lookup = reference_logps(bench, base, (*examples, *held_out), train)
+        parents.append(logps.fingerprint)
+    return preference(
+        bench,
+        name,
+        phase,
+        start,
+        examples,
+        held_out,
+        data=experiment.dataset.identity(),
+        seed=seed,
+        reference=lookup,
+        parents=parents,
+        encoder=encoder,
+    )
+
+
+def _seen(examples: Sequence[EncodedExample], phase: Phase, seed: int) -> tuple[EncodedExample, ...]:
+    """The examples that this phase's steps reach: y_gen and log-probs of the others would never be used."""
+    steps = n_steps(phase.train, len(examples))
+    if steps * phase.train.batch_size >= len(examples):
+        return tuple(examples)
+    seen = {example.example_id for batch in batches(examples, phase.train.batch_size, steps, seed) for example in batch}
+    return tuple(example for example in examples if example.example_id in seen)
+
+
+def _evaluation_prompts(experiment: Experiment) -> list[Prompt]:
+    evaluation = experiment.evaluation
+    prompts = nested_subset(experiment.dataset.prompts(evaluation.split), evaluation.n_prompts, 0)
+    if not prompts:
+        raise UserError(f"evaluation.split={evaluation.split}: the data set has no prompts in this split")
+    return prompts
+
+
+def _answers_as_examples(
+    prompts: Sequence[Prompt], answers: Mapping[str, Generation], encoder: ChatEncoder
+) -> list[EncodedExample]:
+    """A model's own answers as examples with one ``generated`` response each."""
+    bare = [
+        EncodedExample(
+            content_hash([prompt.prompt_id, list(answers[prompt.prompt_id].token_ids)]),
+            prompt.prompt_id,
+            encoder.prompt_ids(prompt.messages),
+            (),
+        )
+        for prompt in prompts
+    ]
+    return list(encoder.add_generated(bare, answers, None))
+
+
+def _workbench(experiment: Experiment) -> Workbench:
+    import torch
+    from accelerate import Accelerator
+
+    device = experiment.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={device}: this machine has no CUDA device; choose device=cpu or device=auto")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: not available on this machine; choose device=cpu or device=auto")
+    if device.startswith("xpu") and not torch.xpu.is_available():
+        raise UserError(f"device={device}: this machine has no XPU device; choose device=cpu or device=auto")
+    if ":" in device:
+        getattr(torch, device.partition(":")[0]).set_device(int(device.partition(":")[2]))
+    cache = Cache(Path(experiment.cache.dir))
+    return Workbench(cache, Accelerator(cpu=device == "cpu"))
+
+
+def _tracker(
+    experiment: Experiment, directory: Path, resolved: Mapping[str, Json], overrides: Sequence[str]
+) -> Tracker:
+    losses = [results.describe_loss(phase.loss) for phase in experiment.phases.values()] or ["sft"]
+    return experiment.tracking.start(
+        RunInfo(
+            name=f"{' > '.join(losses)} seed={experiment.seed}",
+            group=directory.parent.name,
+            tags=tuple(sorted({loss.partition("(")[0] for loss in losses})),
+            directory=directory,
+            config={**resolved, "overrides": list(overrides), "dppo": __version__},
+        )
+    )

@@ -1,0 +1,320 @@
+"""What a run leaves behind and what the user sees of it.
+
+A run directory holds
+
+- ``config.yaml`` the resolved configuration, ``command.txt`` the line that made it, ``versions.json``
+- ``parents.json`` the cached stages that the run used
+- ``metrics.jsonl`` one row a logged step, replayed from the cache when a stage is reused
+- ``samples.jsonl`` one row a prompt: both answers, both rewards, who won
+- ``result.json`` the outcome; its schema is documented at ``complete`` and versioned by ``SCHEMA``
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dppo.artifacts import manifest
+from dppo.artifacts.files import disk_errors, write_atomic
+from dppo.errors import UserError
+from dppo.loop import Metrics
+from dppo.types import Generation, Json, Prompt
+
+if TYPE_CHECKING:
+    from dppo.config import Experiment
+    from dppo.stages.preference import Trained
+    from dppo.stages.workbench import Workbench
+
+SCHEMA = 1
+_WIDTH = 78
+
+
+def command_line(overrides: Sequence[str]) -> str:
+    """The line that runs the same experiment again."""
+    return shlex.join(["python", "-m", "dppo", *overrides])
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Writes the files of one run; every file is replaced at once, so that a reader never finds half of one."""
+
+    path: Path
+    resolved: Mapping[str, Json]
+    overrides: Sequence[str]
+    experiment: Experiment
+
+    def open(self) -> None:
+        """Write what is known before the first stage. Raises UserError if the directory is not writable."""
+        import yaml
+
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(json.loads(json.dumps(self.resolved)), sort_keys=False)
+            self._write("config.yaml", text)
+            self._write("command.txt", command_line(self.overrides) + "\n")
+            self._write_json("versions.json", versions())
+            (self.path / "metrics.jsonl").write_text("")
+
+    def parents(self, bench: Workbench) -> None:
+        """Note which cached stages the run refers to, so that they are kept."""
+        used = {(record.stage, record.fingerprint): record for record in bench.records}
+        bench.cache.record_run(
+            self.path, [(stage_folder(record.stage), record.fingerprint) for record in used.values()]
+        )
+
+    def metrics(self, phase: str, rows: Sequence[Metrics]) -> None:
+        with disk_errors(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"phase": phase, **row}) + "\n" for row in rows)
+
+    def samples(self, rows: Sequence[Mapping[str, Json]]) -> None:
+        self._write("samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def result(self, result: Mapping[str, Any]) -> None:
+        self._write_json("result.json", {"schema": SCHEMA, "command": command_line(self.overrides), **result})
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self._write(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        with disk_errors(self.path):
+            write_atomic(self.path / name, text.encode())
+
+
+def stage_folder(title: str) -> str:
+    """The cache folder of a stage by the title that is printed: y_gen and both models' answers share one store."""
+    return {"y_gen": "generate", "answers": "generate", "baseline": "generate"}.get(title, title)
+
+
+def versions() -> dict[str, Json]:
+    """Software and hardware of this run."""
+    import torch
+
+    return {
+        **manifest.versions(),
+        "git": manifest.git_revision(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+# --- result.json -----------------------------------------------------------------------------------------------------
+
+
+def complete(compared: Mapping[str, Any], moved: Mapping[str, Any], bench: Workbench, *, split: str) -> dict[str, Any]:
+    """The content of ``result.json`` for a run that reached its end.
+
+    ``status``; ``split`` and ``n_prompts``; ``objective`` (= ``win_rate.value``); ``win_rate`` {value (ties = 1/2),
+    ci_low, ci_high, strict (ties lose), strict_ci_low, strict_ci_high, n, wins, ties}; ``reward`` {policy, reference,
+    delta, each {value, ci_low, ci_high}, negative_share}; ``length`` {policy, reference, each {tokens, characters,
+    end_of_turn_rate}}; ``kl`` {nats_per_token, nats_per_answer, n_answers, n_tokens}; ``held_out`` likelihoods and
+    accuracies on pairs of the split; ``timings`` {stages: [{stage, fingerprint, seconds, reused}], total_seconds}.
+    Intervals are 95 %.
+    """
+    return {
+        "status": "complete",
+        "split": split,
+        "objective": compared["win_rate"]["value"],
+        **compared,
+        **moved,
+        "timings": timings(bench),
+    }
+
+
+def diverged(trained: Trained, phase: str, bench: Workbench) -> dict[str, Any]:
+    """The content of ``result.json`` for a run whose loss or gradient was not finite: the worst win rate."""
+    outcome = trained.outcome
+    return {
+        "status": "diverged",
+        "objective": 0.0,
+        "win_rate": {"value": 0.0},
+        "diverged": {"phase": phase, "step": int(outcome["steps"]) + 1, "example_ids": outcome["example_ids"]},
+        "timings": timings(bench),
+    }
+
+
+def timings(bench: Workbench) -> dict[str, Any]:
+    stages = [
+        {
+            "stage": record.stage,
+            "fingerprint": record.fingerprint,
+            "seconds": record.seconds,
+            "reused": record.reused,
+        }
+        for record in bench.records
+    ]
+    return {"stages": stages}
+
+
+def objective_values(result: Mapping[str, Any], paths: Sequence[str]) -> tuple[float, ...]:
+    """The values that a sweep receives. A diverged run has the worst: 0 for rates, infinity for costs.
+
+    Raises UserError for a path that is not a number in ``result.json``.
+    """
+    return tuple(_objective(result, path) for path in paths)
+
+
+def _objective(result: Mapping[str, Any], path: str) -> float:
+    if result["status"] == "diverged":
+        # What is kept small (drift, length) is at its worst when it is largest.
+        return math.inf if path.split(".")[0] in ("kl", "length") else 0.0 if "rate" in path else -math.inf
+    found: Any = result
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        from dppo.command_line import dotted
+
+        numbers = [name for name in dotted(result) if isinstance(_lookup(result, name), (int, float))]
+        raise UserError(f"objectives=[{path}]: not a number in result.json; numbers there: {', '.join(numbers)}")
+    return float(found)
+
+
+def _lookup(result: Mapping[str, Any], path: str) -> Any:
+    found: Any = result
+    for key in path.split("."):
+        found = found[key]
+    return found
+
+
+def final_scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float | int]:
+    """Every number of a result by its dotted name."""
+    flat: dict[str, float | int] = {}
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            flat |= final_scalars(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def samples(
+    prompts: Sequence[Prompt],
+    policy: Mapping[str, Generation],
+    reference: Mapping[str, Generation],
+    policy_rewards: Sequence[float],
+    reference_rewards: Sequence[float],
+) -> list[dict[str, Json]]:
+    """One row per evaluation prompt, in the order of the prompts."""
+    rows: list[dict[str, Json]] = []
+    for prompt, own, other in zip(prompts, policy_rewards, reference_rewards, strict=True):
+        rows.append(
+            {
+                "prompt_id": prompt.prompt_id,
+                "prompt": "\n".join(
+                    message.content if message.role == "user" else f"[{message.role}] {message.content}"
+                    for message in prompt.messages
+                ),
+                "reference_answer": reference[prompt.prompt_id].text,
+                "policy_answer": policy[prompt.prompt_id].text,
+                "reference_reward": other,
+                "policy_reward": own,
+                "outcome": "win" if own > other else "tie" if own == other else "loss",
+            }
+        )
+    return rows
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def header(experiment: Experiment, directory: Path, overrides: Sequence[str]) -> list[str]:
+    """The composed experiment in a few lines."""
+    lines = ["=" * _WIDTH, command_line(overrides)]
+    lines.append(
+        f"model {_brief(experiment.model)} | data {_brief(experiment.dataset)} | reward {_brief(experiment.reward)}"
+        f" | seed {experiment.seed}"
+    )
+    if not experiment.phases:
+        lines.append("no preference phase: SFT against itself")
+    for name, phase in experiment.phases.items():
+        train = phase.train
+        length = f"{train.steps} steps" if train.steps is not None else f"{train.epochs} epochs"
+        lines.append(
+            f"{name}: {describe_loss(phase.loss)} | {length} of {train.batch_size}, lr {train.learning_rate:g}"
+            f", {train.precision}, {train.packing}{', LoRA' if train.lora is not None else ''}"
+        )
+    lines += [f"run directory {directory}", "=" * _WIDTH]
+    return lines
+
+
+def _brief(settings: object) -> str:
+    name = type(settings).__name__
+    where = getattr(settings, "name_or_path", None) or getattr(settings, "path", None)
+    return f"{name}({where})" if where else name
+
+
+def describe_loss(loss: object) -> str:
+    """A loss by its own name and the numbers it was built with, such as ``unll(alpha=0.1, quadratic)``."""
+    import dataclasses
+
+    assert dataclasses.is_dataclass(loss)
+    parts = []
+    for field in dataclasses.fields(loss):
+        value = getattr(loss, field.name)
+        if dataclasses.is_dataclass(value):
+            parts.append(describe_loss(value))
+        elif isinstance(value, float) and field.name in ("alpha", "beta", "zeta", "tau", "gamma"):
+            parts.append(f"{field.name}={value:g}")
+    name = getattr(loss, "name", type(loss).__name__.lower())
+    return f"{name}({', '.join(parts)})" if parts else str(name)
+
+
+def summary(result: Mapping[str, Any], experiment: Experiment, directory: Path) -> list[str]:
+    """The final table."""
+    lines = ["-" * _WIDTH]
+    if result["status"] == "diverged":
+        found = result["diverged"]
+        lines.append(
+            f"diverged in phase {found['phase']} at step {found['step']}: loss or gradient is not finite "
+            f"(examples {', '.join(found['example_ids'][:3])})"
+        )
+        lines.append("try a smaller alpha or learning rate; the objectives are reported at their worst")
+    else:
+        rate, reward, length, kl = result["win_rate"], result["reward"], result["length"], result["kl"]
+        rows = [
+            ("win rate (ties 1/2)", _interval(rate["value"], rate["ci_low"], rate["ci_high"])),
+            ("win rate (strict)", _interval(rate["strict"], rate["strict_ci_low"], rate["strict_ci_high"])),
+            ("wins / ties / losses", f"{rate['wins']} / {rate['ties']} / {rate['n'] - rate['wins'] - rate['ties']}"),
+            ("reward policy", _interval(*_bounds(reward["policy"]))),
+            ("reward SFT", _interval(*_bounds(reward["reference"]))),
+            ("reward gain", _interval(*_bounds(reward["delta"]), sign="+")),
+            ("negative rewards", _both(reward["negative_share"], "{:.1%}")),
+            ("answer tokens", _both({who: length[who]["tokens"] for who in length}, "{:.1f}")),
+            ("ended by itself", _both({who: length[who]["end_of_turn_rate"] for who in length}, "{:.1%}")),
+            ("KL to SFT", f"{kl['nats_per_token']:.4f} nats a token, {kl['nats_per_answer']:.3f} an answer"),
+            (
+                "held-out accuracy",
+                f"{result['held_out']['accuracy']:.3f} (to SFT {result['held_out']['accuracy_to_reference']:.3f}), "
+                f"n = {result['held_out']['n_pairs']} pairs",
+            ),
+        ]
+        lines.append(f"policy against SFT on {rate['n']} {result['split']} prompts, 95 % intervals")
+        lines += [f"  {name:<22}{value}" for name, value in rows]
+    seconds = [f"{item['stage']} {item['seconds']:.1f}" for item in result["timings"]["stages"] if not item["reused"]]
+    reused = [item["stage"] for item in result["timings"]["stages"] if item["reused"]]
+    total = result["timings"]["total_seconds"]
+    lines.append(f"  seconds               {', '.join(seconds) or 'nothing built'}; total {total:.1f}")
+    if reused:
+        lines.append(f"  reused                {', '.join(reused)}")
+    lines += [f"  files                 {directory}", "-" * _WIDTH]
+    return lines
+
+
+def _bounds(found: Mapping[str, float]) -> tuple[float, float, float]:
+    return found["value"], found["ci_low"], found["ci_high"]
+
+
+def _interval(value: float, low: float, high: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}  [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def _both(found: Mapping[str, float], pattern: str) -> str:
+    return f"{pattern.format(found['policy'])} (SFT {pattern.format(found['reference'])})"

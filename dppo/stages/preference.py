@@ -1,0 +1,91 @@
+"""One preference phase: from the SFT model, or the previous phase's policy, to a new policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dppo.artifacts import Build, Slot
+from dppo.config import Phase
+from dppo.loop import Metrics, ReferenceLogps
+from dppo.stages.training import METRICS, continued_policy, read_metrics, run_training, save_policy
+from dppo.types import Artifact, EncodedExample, Json
+
+if TYPE_CHECKING:
+    from dppo.data.encoding import ChatEncoder
+    from dppo.stages.workbench import Workbench
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A policy, or the record of a run that diverged and left none."""
+
+    artifact: Artifact
+    outcome: dict[str, Any]
+    metrics: list[Metrics]
+
+    @property
+    def diverged(self) -> bool:
+        return bool(self.outcome["status"] == "diverged")
+
+
+def preference(
+    bench: Workbench,
+    name: str,
+    phase: Phase,
+    start: Artifact,
+    examples: Sequence[EncodedExample],
+    held_out: Sequence[EncodedExample],
+    *,
+    data: Json,
+    seed: int,
+    reference: ReferenceLogps | None,
+    parents: Sequence[str],
+    encoder: ChatEncoder,
+) -> Trained:
+    """Train ``phase.loss`` from the model ``start``; ``parents`` are the stores that the examples came from."""
+    train = phase.train
+    slot = bench.cache.artifact(
+        "preference",
+        {
+            "version": VERSION,
+            "loss": phase.loss,
+            "settings": train.identity(),
+            "seed": seed,
+            "data": data,
+            "numerics": bench.numerics(train.precision, train.packing),
+        },
+        parents=[start.fingerprint, *parents],
+    )
+
+    def build(started: Build) -> None:
+        policy = continued_policy(bench, start, train.lora, seed)
+        outcome = run_training(
+            bench,
+            policy,
+            phase.loss,
+            examples,
+            train,
+            seed=seed,
+            started=started,
+            held_out=held_out,
+            reference=reference,
+            title=name,
+        )
+        if bench.is_main:
+            if outcome.status == "complete":
+                save_policy(policy, encoder, started.directory, base=start, bench=bench)
+            started.extra["outcome"] = outcome.to_json()
+
+    artifact = bench.artifact("preference", slot, f"{name}: {phase.loss.name}, seed {seed}", build)
+    outcome = _outcome(slot)
+    return Trained(artifact, outcome, read_metrics(slot.path / METRICS))
+
+
+def _outcome(slot: Slot) -> dict[str, Any]:
+    found = slot.manifest().extra["outcome"]
+    assert isinstance(found, dict)
+    return found

@@ -1,0 +1,108 @@
+"""Log-probs of every response under the reference model, once; one store serves all losses, alphas and betas."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from dppo.batches import collate, micro_batches
+from dppo.config import TrainSettings
+from dppo.logps import ResponseScorer
+from dppo.loop import ReferenceLogps
+from dppo.progress import Progress
+from dppo.stages.training import autocast, saved_policy
+from dppo.types import Artifact, EncodedExample
+
+if TYPE_CHECKING:
+    from dppo.artifacts import Store, Tokens
+    from dppo.stages.workbench import Workbench
+
+VERSION = 1
+# Without gradients a forward pass takes a fraction of a training step's memory.
+_BUDGET_FACTOR = 4
+_ROWS_PER_SHARD = 4096
+_SECONDS_PER_SHARD = 30.0
+
+
+def reference_logps(
+    bench: Workbench, model: Artifact, examples: Sequence[EncodedExample], settings: TrainSettings
+) -> tuple[Artifact, ReferenceLogps]:
+    """The stored log-probs of all responses, as a lookup by (prompt_id, response_id).
+
+    Precision and layout are those of the training that uses them, so that the log-ratio at step 0 is 0.
+    """
+    store: Store[Tokens] = bench.cache.token_store(
+        "reference",
+        {"version": VERSION, "numerics": bench.numerics(settings.precision, settings.packing)},
+        parents=[model.fingerprint],
+    )
+    keys = list(
+        dict.fromkeys(
+            _key(example.prompt_id, response.response_id) for example in examples for response in example.responses
+        )
+    )
+    missing: list[str] = []
+    with bench.alone() as main:
+        if main:
+            missing = store.missing(keys)
+            detail = f"{len(keys)} responses, {len(missing)} to score" if missing else f"{len(keys)} responses"
+            with bench.working("reference", store, reuse=not missing, detail=detail):
+                if missing:
+                    with store.lock(bench.say):
+                        _fill(bench, store, model, examples, settings)
+    rows = {key: torch.from_numpy(row.copy()) for key, row in zip(keys, store.get(keys), strict=True)}
+
+    def lookup(wanted: Sequence[tuple[str, str]]) -> list[torch.Tensor]:
+        return [rows[_key(prompt_id, response_id)] for prompt_id, response_id in wanted]
+
+    return store.artifact(reused=not missing), lookup
+
+
+def _key(prompt_id: str, response_id: str) -> str:
+    return f"{prompt_id}:{response_id}"
+
+
+@torch.inference_mode()
+def _fill(
+    bench: Workbench,
+    store: Store[Tokens],
+    model: Artifact,
+    examples: Sequence[EncodedExample],
+    settings: TrainSettings,
+) -> None:
+    wanted = set(
+        store.missing(
+            _key(example.prompt_id, response.response_id) for example in examples for response in example.responses
+        )
+    )
+    todo = []
+    for example in examples:
+        responses = tuple(
+            response for response in example.responses if _key(example.prompt_id, response.response_id) in wanted
+        )
+        if responses:
+            todo.append(dataclasses.replace(example, responses=responses))
+    if not todo:
+        return
+    scorer = ResponseScorer(saved_policy(bench, model), settings.packing).eval()
+    pending: dict[str, Tokens] = {}
+    committed = time.monotonic()
+    try:
+        with Progress("reference", len(todo), "example") as progress:
+            for part in micro_batches(todo, settings.tokens_per_micro_batch * _BUDGET_FACTOR):
+                batch = collate(part).to(bench.device)
+                with autocast(bench, settings.precision):
+                    found = scorer(batch)
+                rows = found.tokens.cpu().split(found.lengths.tolist())
+                pending |= {_key(*key): row.numpy().copy() for key, row in zip(batch.response_keys, rows, strict=True)}
+                progress.advance(len(part))
+                if len(pending) >= _ROWS_PER_SHARD or time.monotonic() - committed > _SECONDS_PER_SHARD:
+                    store.append(pending)
+                    pending, committed = {}, time.monotonic()
+    finally:
+        if pending:
+            store.append(pending)

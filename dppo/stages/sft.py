@@ -1,0 +1,70 @@
+"""SFT: the base model becomes the reference model, on completions only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dppo.artifacts import Build
+from dppo.config import SftSettings
+from dppo.data import Dataset
+from dppo.data.encoding import ChatEncoder
+from dppo.data.subsets import nested_subset
+from dppo.errors import UserError
+from dppo.losses.sft import SFT
+from dppo.stages.training import new_policy, run_training, save_policy
+from dppo.types import Artifact
+
+if TYPE_CHECKING:
+    from dppo.models import Model
+    from dppo.stages.workbench import Workbench
+
+VERSION = 1
+
+
+def sft(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings, encoder: ChatEncoder) -> Artifact:
+    """Fine-tune ``model`` on the data set's chats; the artifact is a model folder with its tokenizer.
+
+    Raises UserError if the loss is not finite at some step.
+    """
+    train = settings.train
+    slot = bench.cache.artifact(
+        "sft",
+        {
+            "version": VERSION,
+            "model": model.identity(),
+            "template": encoder.template_text,
+            "data": dataset.identity(),
+            "seed": settings.seed,
+            "settings": train.identity(),
+            "numerics": bench.numerics(train.precision, train.packing),
+        },
+    )
+
+    def build(started: Build) -> None:
+        chats = nested_subset(dataset.chats("train"), train.n_examples, settings.seed)
+        encoded = encoder.encode(chats, train.max_length)
+        held_out = nested_subset(dataset.chats("validation"), train.n_evaluation_examples, settings.seed)
+        for note in encoded.notes:
+            bench.say(f"  sft: {note}")
+        policy = new_policy(bench, model, train.lora, settings.seed)
+        outcome = run_training(
+            bench,
+            policy,
+            SFT(),
+            encoded.examples,
+            train,
+            seed=settings.seed,
+            started=started,
+            held_out=encoder.encode(held_out, encoded.max_length).examples if held_out else (),
+            title="sft",
+        )
+        if outcome.status == "diverged":
+            raise UserError(
+                f"sft.train.learning_rate={train.learning_rate}: SFT diverged at step {outcome.steps + 1} "
+                f"(examples {', '.join(outcome.example_ids[:3])}); lower the learning rate"
+            )
+        if bench.is_main:
+            save_policy(policy, encoder, started.directory, base=None, bench=bench)
+            started.extra["outcome"] = outcome.to_json()
+
+    return bench.artifact("sft", slot, f"{type(model).__name__}, seed {settings.seed}", build)

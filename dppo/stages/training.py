@@ -1,0 +1,220 @@
+"""What the training stages share: policies from artifacts, the loop with its metrics file, policies to artifacts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from dppo.artifacts import Build
+from dppo.config import LoraSettings, TrainSettings
+from dppo.errors import UserError
+from dppo.loop import Metrics, Outcome, ReferenceLogps, checkpoint_step, train
+from dppo.types import Artifact, EncodedExample, Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dppo.data.encoding import ChatEncoder
+    from dppo.models import Model
+    from dppo.stages.workbench import Workbench
+
+METRICS = "metrics.jsonl"
+# An artifact that holds adapters names the full model below them by its place in the cache.
+_BASE = "base.json"
+_ADAPTER = "adapter_config.json"
+
+
+def autocast(bench: Workbench, precision: str) -> AbstractContextManager[Any]:
+    """bf16 autocast on the run's device, or nothing."""
+    import torch
+
+    return torch.autocast(bench.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def new_policy(bench: Workbench, model: Model, lora: LoraSettings | None, seed: int) -> PreTrainedModel:
+    """The base model on the run's device, with fresh adapters if asked for."""
+    base = model.load_model(seed)
+    return _on_device(bench, _with_adapters(bench, base, lora, seed))
+
+
+def saved_policy(bench: Workbench, artifact: Artifact) -> PreTrainedModel:
+    """The model of an artifact on the run's device, for inference; adapters are merged."""
+    return _on_device(bench, _full_model(bench, Path(artifact.path)))
+
+
+def continued_policy(bench: Workbench, artifact: Artifact, lora: LoraSettings | None, seed: int) -> PreTrainedModel:
+    """The model of an artifact, to be trained on: its own adapters go on, or fresh ones are put on a full model."""
+    path = Path(artifact.path)
+    if lora is not None and (path / _ADAPTER).exists():
+        from peft import PeftModel
+
+        base = _full_model(bench, _base_of(bench, path))
+        if lora.base_4bit:
+            raise UserError("train.lora.base_4bit=true: a phase cannot continue the 4-bit adapters of another phase")
+        return _on_device(bench, PeftModel.from_pretrained(base, path, is_trainable=True))
+    return _on_device(bench, _with_adapters(bench, _full_model(bench, path), lora, seed))
+
+
+def _on_device(bench: Workbench, model: Any) -> PreTrainedModel:
+    return cast("PreTrainedModel", model.to(bench.device))
+
+
+def _full_model(bench: Workbench, path: Path) -> PreTrainedModel:
+    from dppo.models import load_saved
+
+    if not (path / _ADAPTER).exists():
+        return load_saved(path)
+    from peft import PeftModel
+
+    merged = PeftModel.from_pretrained(load_saved(_base_of(bench, path)), path).merge_and_unload()
+    return cast("PreTrainedModel", merged)
+
+
+def _base_of(bench: Workbench, path: Path) -> Path:
+    place: dict[str, str] = json.loads((path / _BASE).read_text())
+    return bench.cache.root / place["stage"] / place["fingerprint"]
+
+
+def _with_adapters(bench: Workbench, model: PreTrainedModel, lora: LoraSettings | None, seed: int) -> PreTrainedModel:
+    if lora is None:
+        return model
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    if lora.base_4bit:
+        if bench.device.type != "cuda":
+            raise UserError(
+                f"train.lora.base_4bit=true: 4-bit weights need a CUDA device, this run is on {bench.device.type}; "
+                "choose train=lora"
+            )
+        model = _quantised(bench, model)
+    torch.manual_seed(seed)
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+    )
+    try:
+        adapted = get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(f"train.lora.target_modules={lora.target_modules}: {str(error).splitlines()[0]}") from None
+    return cast("PreTrainedModel", adapted)
+
+
+def _quantised(bench: Workbench, model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in 4-bit NF4 with bf16 arithmetic, by way of a folder that transformers can read."""
+    import tempfile
+
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    with tempfile.TemporaryDirectory(dir=bench.cache.make(".building")) as folder:
+        model.save_pretrained(folder)
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, quantization_config=settings, device_map={"": bench.device}, use_safetensors=True
+            )
+        except ImportError as error:
+            raise UserError(f"train.lora.base_4bit=true: {str(error).splitlines()[0]}") from None
+    return cast("PreTrainedModel", loaded)
+
+
+def save_policy(
+    policy: PreTrainedModel, encoder: ChatEncoder, directory: Path, *, base: Artifact | None, bench: Workbench
+) -> None:
+    """Write a policy as a transformers folder with its tokenizer.
+
+    Adapters are merged where there is no ``base`` (the SFT stage); otherwise they are saved alone, and the folder
+    names the full model below them.
+    """
+    from dppo.models import save
+
+    adapted = hasattr(policy, "get_base_model")
+    if adapted and base is None:
+        policy = cast("Any", policy).merge_and_unload()
+        adapted = False
+    if not adapted:
+        save(policy, encoder.tokenizer, directory)
+        return
+    assert base is not None
+    policy.save_pretrained(directory)
+    encoder.tokenizer.save_pretrained(directory)
+    path = Path(base.path)
+    root = _base_of(bench, path) if (path / _ADAPTER).exists() else path
+    (directory / _BASE).write_text(json.dumps({"stage": root.parent.name, "fingerprint": root.name}))
+
+
+def run_training(
+    bench: Workbench,
+    policy: PreTrainedModel,
+    objective: Objective,
+    examples: Sequence[EncodedExample],
+    settings: TrainSettings,
+    *,
+    seed: int,
+    started: Build,
+    title: str,
+    held_out: Sequence[EncodedExample] = (),
+    reference: ReferenceLogps | None = None,
+) -> Outcome:
+    """Run the loop with its checkpoints and metrics in the stage's work directory; metrics end in the artifact."""
+    journal = started.work / METRICS
+    done = checkpoint_step(started.work)
+    if done:
+        bench.say(f"  {title}: continues after step {done}")
+    rows = [row for row in read_metrics(journal) if row["step"] <= done]
+    if bench.is_main:
+        _write_rows(journal, rows)
+
+    def log(row: Metrics) -> None:
+        with journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    outcome = train(
+        policy,
+        objective,
+        examples,
+        settings,
+        seed=seed,
+        accelerator=bench.accelerator,
+        log=log,
+        checkpoints=started.work,
+        reference=reference,
+        held_out=held_out,
+        title=title,
+    )
+    if bench.is_main:
+        _write_rows(started.directory / METRICS, read_metrics(journal))
+    return outcome
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The rows of a metrics file; none if it is absent; a last line that a kill tore is left out."""
+    rows: list[Metrics] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def _write_rows(path: Path, rows: Sequence[Metrics]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
