@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dppo.data.ids import ID_DIGITS
+from dppo.data.ids import ID_DIGITS, content_hash
 from dppo.errors import UserError
-from dppo.types import EncodedExample, EncodedResponse, Generation, Message, PreferenceExample
+from dppo.types import EncodedExample, EncodedResponse, Generation, Message, PreferenceExample, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,11 +64,12 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         if not tokenizer.chat_template:
+            of = f" ({tokenizer.name_or_path})" if tokenizer.name_or_path else ""
             raise UserError(
-                f"model: the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; choose a model "
-                "that has one, or set model.chat_template to a Jinja file"
+                f"model: its tokenizer{of} has no chat template; choose a model that has one, or set "
+                "model.chat_template to a file with a Jinja template"
             )
         self.template_text: str = tokenizer.get_chat_template()
         added = tokenizer.added_tokens_decoder
@@ -87,11 +88,16 @@ class ChatEncoder:
         self._prompt_control = tuple(set(self._control.findall(example)))
 
     @functools.cached_property
-    def end_of_turn_ids(self) -> tuple[int, ...]:
-        """The ids that end a generation: the end-of-turn token first, then the tokenizer's eos if it is another."""
-        end = self._tokenize([self._end])[0][0]
-        eos = self._tokenizer.eos_token_id
-        return (end,) if eos is None or eos == end else (end, eos)
+    def end_of_turn_ids(self) -> frozenset[int]:
+        """The ids that end a generation: the end-of-turn token, and the tokenizer's eos where it is another one."""
+        ends = {self._tokenize([self._end])[0][0], self.tokenizer.eos_token_id}
+        return frozenset(end for end in ends if isinstance(end, int))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a response, without control tokens."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The ids of a prompt up to where the model's answer begins. Raises UserError if the template refuses it."""
@@ -191,6 +197,18 @@ class ChatEncoder:
             extended.append(dataclasses.replace(example, responses=(*example.responses, _cut(whole, room))))
         return tuple(extended)
 
+    def answers(self, prompts: Sequence[Prompt], generations: Mapping[str, Generation]) -> tuple[EncodedExample, ...]:
+        """Each prompt with the model's own answer to it as its one response, in role ``generated``.
+
+        ``generations`` are keyed by prompt_id. Raises KeyError for a prompt without one, ValueError for an empty one.
+        """
+        bare = [EncodedExample(one.prompt_id, one.prompt_id, self.prompt_ids(one.messages), ()) for one in prompts]
+        answered = self.add_generated(bare, generations, None)
+        return tuple(
+            dataclasses.replace(one, example_id=content_hash([one.prompt_id, one.responses[0].response_id]))
+            for one in answered
+        )
+
     def _learn_end_of_turn(self) -> tuple[str, str, str]:
         """The end-of-turn token; what the template writes behind an answer; and how much of that a response keeps."""
         answer = "answer"
@@ -204,7 +222,7 @@ class ChatEncoder:
         end = self._control.search(suffix)
         if end is not None:
             return end[0], suffix, suffix[: end.end()]
-        eos = self._tokenizer.eos_token
+        eos = self.tokenizer.eos_token
         if not isinstance(eos, str):
             raise UserError("model: its chat template writes no token behind an answer and its tokenizer has no eos")
         return eos, suffix, suffix.rstrip() + eos
@@ -244,7 +262,7 @@ class ChatEncoder:
         import jinja2
 
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 [{"role": turn.role, "content": turn.content} for turn in turns],
                 tokenize=False,
                 add_generation_prompt=for_generation,
@@ -301,7 +319,7 @@ class ChatEncoder:
         shared = self._ids.__getitem__
         found: list[tuple[int, ...]] = []
         for start in range(0, len(texts), _TEXTS_PER_CALL):
-            encoded = self._tokenizer(
+            encoded = self.tokenizer(
                 list(texts[start : start + _TEXTS_PER_CALL]),
                 add_special_tokens=add_special_tokens,
                 return_attention_mask=False,

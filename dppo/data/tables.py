@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,28 +34,6 @@ def read_rows(
             yield row
         if count == 0:
             raise UserError(f"{file}: has no rows")
-
-
-def content_digest(files: Sequence[Path]) -> str:
-    """32 hexadecimal digits for the bytes of the files, whatever their names and folder.
-
-    Raises UserError if one is missing.
-    """
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            status = file.stat()
-        except OSError:
-            raise UserError(f"{file}: there is no such file") from None
-        digest.update(_file_digest(file.resolve(), status.st_size, status.st_mtime_ns))
-    return digest.hexdigest()[:32]
-
-
-@functools.lru_cache(maxsize=256)
-def _file_digest(file: Path, size: int, modified: int) -> bytes:
-    """SHA-256 of a file; size and time of change are there to hash a rewritten file anew."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _check_columns(where: str, found: Sequence[str], needed: Sequence[str]) -> None:

