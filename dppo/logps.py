@@ -29,12 +29,24 @@ SHARED_PROMPT = "dppo_shared_prompt"
 _LOGITS_PER_CHUNK = 1 << 24
 
 
+# Up to this length all examples of a row share one attention call, padded to the longest: one call for many short
+# examples beats many small calls. Beyond it the padding costs more than the calls, and each response has its own.
+_SHORT_EXAMPLE = 192
+
+
 @dataclass(frozen=True)
 class SharedPromptLayout:
-    """Where the examples of a flat row begin, for the attention function; plain ints, so that no tensor is read."""
+    """Where the examples of a flat row begin, for the attention function.
 
-    # For each example: (prompt start, prompt length, ((response start, length), ...)).
+    ``examples`` has for each example (prompt start, prompt length, ((response start, length), ...)). For short
+    examples ``place`` (M, L) holds their tokens' places in the row, L being the longest example; ``mask``
+    (M, 1, L, L) says who sees whom; ``back`` (T,) finds each token of the row in the flattened (M * L) grid.
+    """
+
     examples: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
+    place: Tensor | None
+    mask: Tensor | None
+    back: Tensor | None
 
     @staticmethod
     def of(batch: Batch) -> SharedPromptLayout:
@@ -43,7 +55,25 @@ class SharedPromptLayout:
         for owner, start, length in spans:
             responses[owner].append((start, length))
         prompts = zip(batch.prompt_start.tolist(), batch.prompt_length.tolist(), responses, strict=True)
-        return SharedPromptLayout(tuple((start, length, tuple(spans)) for start, length, spans in prompts))
+        examples = tuple((start, length, tuple(spans)) for start, length, spans in prompts)
+        sizes = [length + sum(n_tokens for _, n_tokens in spans) for _, length, spans in examples]
+        longest = max(sizes)
+        if longest > _SHORT_EXAMPLE:
+            return SharedPromptLayout(examples, None, None, None)
+        device = batch.token_ids.device
+        size = torch.tensor(sizes, device=device)
+        column = torch.arange(longest, device=device)
+        inside = column < size[:, None]
+        place = (batch.prompt_start[:, None] + column).masked_fill(~inside, 0)
+        back = torch.nonzero(inside.flatten()).squeeze(1)
+        # Segment 0 is the prompt, 1, 2, ... its responses; padding keeps 0 and is never read.
+        segment = torch.zeros(len(examples), longest, dtype=torch.int64, device=device)
+        for row, (start, _, spans) in enumerate(examples):
+            for number, (begin, n_tokens) in enumerate(spans, start=1):
+                segment[row, begin - start : begin - start + n_tokens] = number
+        visible = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])
+        mask = visible & (column[None, :] <= column[:, None])
+        return SharedPromptLayout(examples, place, mask[:, None], back)
 
 
 def shared_prompt_attention(
@@ -69,9 +99,40 @@ def shared_prompt_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
+    if dppo_layout.place is not None:
+        return _attend_together(query, key, value, dppo_layout, scaling, dropout), None
+    return _attend_apart(query, key, value, dppo_layout, scaling, dropout), None
+
+
+def _attend_together(
+    query: Tensor, key: Tensor, value: Tensor, layout: SharedPromptLayout, scaling: float | None, dropout: float
+) -> Tensor:
+    """All examples in one call, padded to the longest."""
+    assert layout.place is not None and layout.back is not None
+
+    def grid(rows: Tensor) -> Tensor:
+        # (1, heads, T, head_dim) -> (M, heads, L, head_dim)
+        return rows[0].transpose(0, 1)[layout.place].transpose(1, 2)
+
+    output = F.scaled_dot_product_attention(
+        grid(query),
+        grid(key),
+        grid(value),
+        attn_mask=layout.mask,
+        scale=scaling,
+        dropout_p=dropout,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).flatten(0, 1)[layout.back][None]
+
+
+def _attend_apart(
+    query: Tensor, key: Tensor, value: Tensor, layout: SharedPromptLayout, scaling: float | None, dropout: float
+) -> Tensor:
+    """One call for every prompt and every response: no padding at any length."""
     grouped = query.shape[1] != key.shape[1]
     parts: list[Tensor] = []
-    for start, length, responses in dppo_layout.examples:
+    for start, length, responses in layout.examples:
         prompt = slice(start, start + length)
         prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
         parts.append(
@@ -100,7 +161,7 @@ def shared_prompt_attention(
                     enable_gqa=grouped,
                 )
             )
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 def register_shared_prompt_attention() -> None:
