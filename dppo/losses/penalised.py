@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dppo.errors import UserError
 from dppo.losses.log1mexp import is_clamped, log1mexp
-from dppo.losses.pairwise import LogitLoss, PairwiseLoss, generated_after, log_ratio_margin
+from dppo.losses.pairwise import LogitLoss, PairwiseLoss, generated_after, log_ratio_margin, reference_of
 from dppo.losses.penalties import Penalty
-from dppo.losses.ranges import check_not_negative
+from dppo.losses.ranges import check_not_negative, check_positive
 from dppo.types import LossContext, LossTerms, ResponseLogps, Role
 
 
@@ -58,6 +59,21 @@ class PenalisedLoss:
     @property
     def uses_statistics(self) -> bool:
         return self.base.uses_statistics
+
+    @property
+    def statistics_scope(self) -> Literal["optimiser_batch", "micro_batch"]:
+        return self.base.statistics_scope
+
+    def initial_statistics(self) -> Tensor:
+        return self.base.initial_statistics()
+
+    def partial_statistics(
+        self, policy: ResponseLogps, reference: ResponseLogps | None, context: LossContext
+    ) -> Tensor:
+        return self.base.partial_statistics(policy, reference, context)
+
+    def update_statistics(self, state: Tensor, totals: Tensor) -> Tensor:
+        return self.base.update_statistics(state, totals)
 
     def ranking_margin(self, policy: ResponseLogps, reference: ResponseLogps | None) -> Tensor:
         """The margin r (M,), nats: negative where the pair is ranked wrongly."""
@@ -171,7 +187,7 @@ class MinLL(AdditivePenalty):
 
 @dataclass(frozen=True)
 class UnLL(AdditivePenalty):
-    """Unlikelihood (Welleck 2020, arXiv 1908.04319, eq. 3): base - alpha f(r) log(1 - pi(y_g)). >= 0 with such a base.
+    """Unlikelihood (Welleck 2020, arXiv 1908.04319): base - alpha f(r) log(1 - pi(y_g)). >= 0 with such a base.
 
     ``level``: ``token_mean`` -(1/|y_g|) sum_t log(1 - pi(y_g,t)); ``token_sum`` without 1/|y_g|; ``sequence``
     -log(1 - e^{s_g}), as printed, which dies out with the answer's length and warns. A token (or, at ``sequence``,
@@ -206,6 +222,52 @@ class UnLL(AdditivePenalty):
             return {"clamped_token_share": is_clamped(generated.sum).detach().to(dtype)}
         clamped = generated.reduce(lambda tokens: is_clamped(tokens).to(dtype))
         return {"clamped_token_share": (clamped / generated.lengths.clamp(min=1)).detach()}
+
+
+@dataclass(frozen=True)
+class NPO(AdditivePenalty):
+    """Negative preference optimisation (Zhang 2024, arXiv 2404.05868, eq. 3) of y_g.
+
+    base - alpha f(r) (2 / beta_p) log sigmoid(-beta_p (s_g - s_g^r)); needs the reference's log-probs of y_g.
+    beta_p > 0, per nat; as beta_p goes to 0 it becomes minll's gradient. >= 0 with such a base.
+    """
+
+    name: ClassVar[str] = "npo"
+    beta_p: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("beta_p", self.beta_p)
+
+    @property
+    def uses_reference(self) -> bool:
+        return True
+
+    def undesirability(self, policy: ResponseLogps, reference: ResponseLogps | None, skip: Tensor | None) -> Tensor:
+        log_ratio = generated_after(policy, skip).sum - generated_after(reference_of(reference), skip).sum
+        return -(2 / self.beta_p) * F.logsigmoid(-self.beta_p * log_ratio)
+
+
+@dataclass(frozen=True)
+class SimNPO(AdditivePenalty):
+    """Simple negative preference optimisation (Fan 2024, arXiv 2410.07163) of y_g: NPO per token, no reference.
+
+    base - alpha f(r) (2 / beta_p) log sigmoid(-beta_p m_g - gamma_p). beta_p > 0, gamma_p >= 0; the authors' TOFU code
+    has gamma inside, so that gamma_p = beta_p * theirs. >= 0 with such a base.
+    """
+
+    name: ClassVar[str] = "simnpo"
+    beta_p: float
+    gamma_p: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("beta_p", self.beta_p)
+        check_not_negative("gamma_p", self.gamma_p)
+
+    def undesirability(self, policy: ResponseLogps, reference: ResponseLogps | None, skip: Tensor | None) -> Tensor:
+        mean = generated_after(policy, skip).mean
+        return -(2 / self.beta_p) * F.logsigmoid(-self.beta_p * mean - self.gamma_p)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ def check_not_negative(key: str, value: float) -> None:
     _require(math.isfinite(value) and value >= 0, key, value, "must be >= 0 and finite")
 
 
-def check_finite(key: str, value: float) -> None:
-    """Raise ``UserError`` unless ``value`` is finite."""
-    _require(math.isfinite(value), key, value, "must be finite")
+def check_fraction(key: str, value: float) -> None:
+    """Raise ``UserError`` unless 0 <= value < 1."""
+    _require(0 <= value < 1, key, value, "must be >= 0 and below 1")
 
 
 def check_inside(key: str, value: float, low: float, high: float) -> None:

@@ -1,15 +1,16 @@
 """Golden values: every loss on pairs A and B, derived by hand from the formulas of the papers.
 
-With the numbers of ``pairs``: s_w, s_l, s_g, m_g are -1.5, -1, -1, -0.5 for A and -0.1, -3, -0.3, -0.1 for B;
-Delta is -0.3 for A and 0.8 for B; r = s_w - s_l is -0.5 for A and 2.9 for B; m_w - m_l is -5/12 and 1.4;
-s_g - s_g^r is -0.7 and 0.3, per token -0.35 and 0.1. -log sigmoid(x) = log(1 + e^-x).
-The closed forms below hold only such numbers.
+With the numbers of ``pairs``, for A and B:
+s_w -1.5, -0.1; s_l -1, -3; s_g -1, -0.3; under the reference s_w -1.7, -0.05; s_l -1.5, -2.5; s_g -0.3, -0.6;
+m_w -3/4, -0.1; m_l -1/3, -1.5; m_g -0.5, -0.1; under the reference m_w -0.85, -0.05; m_l -0.5, -1.25; m_g -0.15, -0.2.
+r = s_w - s_l is -0.5, 2.9; Delta is -0.3, 0.45; m_w - m_l is -5/12, 1.4; the same over the reference is -1/15, 0.2.
+-log sigmoid(x) = log(1 + e^-x). The closed forms below hold only such numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType, SimpleNamespace
@@ -17,18 +18,20 @@ from typing import Any
 
 import torch
 
-from dppo.losses import pairwise, penalised, penalties, sft
+from dppo.losses import log1mexp, pairwise, penalised, penalties, ranges, sft
 from dppo.types import LossTerms, ResponseLogps
 
 from .pairs import A_REFERENCE, B_REFERENCE, A, B, context, logps
 
+# In the order of their imports.
+MODULES = (ranges, log1mexp, sft, pairwise, penalties, penalised)
 
-def classes(mutated: ModuleType | None = None) -> SimpleNamespace:
-    """Every loss and penalty class by name, those of a changed module in place of the real ones."""
-    found: dict[str, Any] = {}
-    for module in (sft, pairwise, penalties, penalised, *([mutated] if mutated else [])):
-        found |= {name: value for name, value in vars(module).items() if isinstance(value, type)}
-    return SimpleNamespace(**found)
+
+def classes(modules: Iterable[ModuleType] = MODULES) -> SimpleNamespace:
+    """Every loss and penalty class by name."""
+    return SimpleNamespace(
+        **{name: value for module in modules for name, value in vars(module).items() if isinstance(value, type)}
+    )
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Golden:
     shared_prefix: tuple[int, int] = (0, 0)
     equal_to_chosen: tuple[bool, bool] = (False, False)
     statistics: tuple[float, ...] | None = None
+    statistics_after: tuple[float, ...] | None = None  # updated with a batch of both pairs
 
 
 def nls(x: float) -> float:
@@ -58,8 +62,38 @@ def unlikelihood(*tokens: float) -> float:
     return -sum(math.log(1 - math.exp(token)) for token in tokens)
 
 
+NO_SFT = {"sft_weight": 0.0, "nll": "mean"}
+
+
 def dpo(m: Any, **changed: Any) -> Any:
-    return m.DPO(**{"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0, "nll": "mean", **changed})
+    return m.DPO(**{"beta": 0.1, "label_smoothing": 0.0, **NO_SFT, **changed})
+
+
+def rdpo(m: Any, **changed: Any) -> Any:
+    return m.RDPO(**{"beta": 0.1, "alpha_len": 0.05, "label_smoothing": 0.0, **NO_SFT, **changed})
+
+
+def dpo_positive(m: Any, **changed: Any) -> Any:
+    own = {"beta": 0.1, "lambda_": 5.0, "placement": "inside", "label_smoothing": 0.0}
+    return m.DpoPositive(**{**own, **NO_SFT, **changed})
+
+
+def ipo(m: Any, **changed: Any) -> Any:
+    return m.IPO(**{"tau": 0.25, "reduction": "mean", **NO_SFT, **changed})
+
+
+def cpo(m: Any, **changed: Any) -> Any:
+    return m.CPO(**{"beta": 0.1, "lambda_": 0.5, "nll": "mean", "label_smoothing": 0.0, **changed})
+
+
+def simpo(m: Any, **changed: Any) -> Any:
+    own = {"beta": 2.0, "gamma": 0.5, "gamma_beta_ratio": None, "normalise_by_length": True, "label_smoothing": 0.0}
+    return m.SimPO(**{**own, **NO_SFT, **changed})
+
+
+def alpha_dpo(m: Any, **changed: Any) -> Any:
+    own = {"beta": 2.0, "gamma_ratio": 0.3, "alpha_ref": 0.2, "decay": 0.9, "bias_correction": True}
+    return m.AlphaDPO(**{**own, "stats_scope": "optimiser_batch", "label_smoothing": 0.0, **NO_SFT, **changed})
 
 
 PENALISED = {"alpha": 0.2, "margin": "sum", "detach": True, "mask_shared_prefix": False}
@@ -79,8 +113,22 @@ def conll(m: Any, penalty: Any = None, base: Any = None, **changed: Any) -> Any:
     return m.ConLL(penalty=penalty or m.Quadratic(), base=base or dpo(m), **{**PENALISED, **changed})
 
 
-# -log sigmoid(0.1 * -0.3) and -log sigmoid(0.1 * 0.8)
-DPO_A, DPO_B = nls(-0.03), nls(0.08)
+def npo(m: Any, **changed: Any) -> Any:
+    return m.NPO(penalty=m.Quadratic(), base=dpo(m), **{**PENALISED, "beta_p": 0.5, **changed})
+
+
+def simnpo(m: Any, **changed: Any) -> Any:
+    return m.SimNPO(penalty=m.Quadratic(), base=dpo(m), **{**PENALISED, "beta_p": 0.5, "gamma_p": 0.3, **changed})
+
+
+def log_odds(u: float) -> float:
+    return u - math.log(1 - math.exp(u))
+
+
+# Moments of AlphaDPO that give M = 0.1 and S = 0.5 after two updates: divided by 1 - 0.9^2 = 0.19.
+MOMENTS = (2.0, 0.019, 0.095)
+# -log sigmoid(0.1 * -0.3) and -log sigmoid(0.1 * 0.45)
+DPO_A, DPO_B = nls(-0.03), nls(0.045)
 # (1/2) * -(log(1 - e^-0.4) + log(1 - e^-0.6))
 UNLL_A = unlikelihood(-0.4, -0.6) / 2
 # the certain token counts as log p = -1e-6
@@ -88,14 +136,14 @@ UNLL_B = unlikelihood(-0.05, -0.25, -1e-6) / 3
 
 GOLDEN = [
     Golden("sft", lambda m: m.SFT(), (0.75, 0.1), weights=(2.0, 1.0)),
-    # beta (s - s^r): chosen 0.1 * 0.2 and 0.1 * 0.3, rejected 0.1 * 0.5 and 0.1 * -0.5
-    Golden("dpo", dpo, (DPO_A, DPO_B), chosen_rewards=(0.02, 0.03), rejected_rewards=(0.05, -0.05)),
-    Golden("dpo beta=2", lambda m: dpo(m, beta=2.0), (nls(-0.6), nls(1.6))),
+    # beta (s - s^r): chosen 0.1 * 0.2 and 0.1 * -0.05, rejected 0.1 * 0.5 and 0.1 * -0.5
+    Golden("dpo", dpo, (DPO_A, DPO_B), chosen_rewards=(0.02, -0.005), rejected_rewards=(0.05, -0.05)),
+    Golden("dpo beta=2", lambda m: dpo(m, beta=2.0), (nls(-0.6), nls(0.9))),
     # 0.9 * -log sigmoid(x) + 0.1 * -log sigmoid(-x)
     Golden(
         "dpo label_smoothing=0.1",
         lambda m: dpo(m, label_smoothing=0.1),
-        (0.9 * nls(-0.03) + 0.1 * nls(0.03), 0.9 * nls(0.08) + 0.1 * nls(-0.08)),
+        (0.9 * nls(-0.03) + 0.1 * nls(0.03), 0.9 * nls(0.045) + 0.1 * nls(-0.045)),
     ),
     # + 0.5 * -m_w
     Golden("dpo sft_weight=0.5", lambda m: dpo(m, sft_weight=0.5), (DPO_A + 0.375, DPO_B + 0.05)),
@@ -105,12 +153,133 @@ GOLDEN = [
         lambda m: dpo(m, sft_weight=0.5, nll="token_mean"),
         (DPO_A + 0.5, DPO_B + 0.1 / 3),
     ),
+    # d = -1/15, 0.2; the target 1 / (2 tau) is 2
+    Golden(
+        "ipo",
+        ipo,
+        ((31 / 15) ** 2, 3.24),
+        chosen_rewards=(0.025, -0.0125),
+        rejected_rewards=(0.25 / 6, -0.0625),
+    ),
+    Golden(
+        "ipo reduction=sum",
+        lambda m: ipo(m, reduction="sum"),
+        (5.29, 1.55**2),
+        chosen_rewards=(0.05, -0.0125),
+        rejected_rewards=(0.125, -0.125),
+    ),
+    Golden("ipo sft_weight=0.5", lambda m: ipo(m, sft_weight=0.5), ((31 / 15) ** 2 + 0.375, 3.29)),
+    # max(0, 0.75 + 1.5 - 1) + 0.5 * 1.5; max(0, 0.75 + 0.1 - 3) + 0.5 * 0.1
+    Golden(
+        "slic",
+        lambda m: m.SLiC(delta=0.75, lambda_=0.5),
+        (2.0, 0.05),
+        chosen_rewards=(-1.5, -0.1),
+        rejected_rewards=(-1.0, -3.0),
+    ),
+    # logits 0.1 * -0.5 and 0.1 * 2.9; + 0.5 * -m_w, -s_w or -s_w / 1.5
+    Golden(
+        "cpo",
+        cpo,
+        (nls(-0.05) + 0.375, nls(0.29) + 0.05),
+        chosen_rewards=(-0.15, -0.01),
+        rejected_rewards=(-0.1, -0.3),
+    ),
+    Golden("cpo nll=sum", lambda m: cpo(m, nll="sum"), (nls(-0.05) + 0.75, nls(0.29) + 0.05)),
+    Golden("cpo nll=token_mean", lambda m: cpo(m, nll="token_mean"), (nls(-0.05) + 0.5, nls(0.29) + 0.1 / 3)),
+    Golden(
+        "cpo label_smoothing=0.1",
+        lambda m: cpo(m, label_smoothing=0.1),
+        (0.9 * nls(-0.05) + 0.1 * nls(0.05) + 0.375, 0.9 * nls(0.29) + 0.1 * nls(-0.29) + 0.05),
+    ),
+    Golden(
+        "orpo",
+        lambda m: m.ORPO(lambda_=0.5),
+        (
+            0.75 + 0.5 * nls(log_odds(-0.75) - log_odds(-1 / 3)),
+            0.1 + 0.5 * nls(log_odds(-0.1) - log_odds(-1.5)),
+        ),
+        chosen_rewards=(-0.375, -0.05),
+        rejected_rewards=(-0.5 / 3, -0.75),
+        metrics={
+            "log_odds_ratio": (log_odds(-0.75) - log_odds(-1 / 3), log_odds(-0.1) - log_odds(-1.5)),
+        },
+    ),
+    # lengths 2, 3 and 1, 2: -0.03 - 0.05 and 0.045 - 0.05
+    Golden("r_dpo", rdpo, (nls(-0.08), nls(-0.005)), chosen_rewards=(0.02, -0.005), rejected_rewards=(0.05, -0.05)),
+    # 2 * -5/12 - 0.5 and 2 * 1.4 - 0.5
+    Golden(
+        "simpo",
+        simpo,
+        (nls(-4 / 3), nls(2.3)),
+        chosen_rewards=(-1.5, -0.2),
+        rejected_rewards=(-2 / 3, -3.0),
+    ),
+    Golden(
+        "simpo gamma_beta_ratio=0.25",
+        lambda m: simpo(m, gamma=None, gamma_beta_ratio=0.25),
+        (nls(-4 / 3), nls(2.3)),
+    ),
+    Golden(
+        "simpo normalise_by_length=false",
+        lambda m: simpo(m, normalise_by_length=False),
+        (nls(-1.5), nls(5.3)),
+        chosen_rewards=(-3.0, -0.2),
+        rejected_rewards=(-2.0, -6.0),
+    ),
+    Golden("simpo sft_weight=0.5", lambda m: simpo(m, sft_weight=0.5), (nls(-4 / 3) + 0.375, nls(2.3) + 0.05)),
+    # max(0, s_w^r - s_w) is 0 and 0.05: 0.1 * (0.45 - 5 * 0.05)
+    Golden(
+        "dpo_positive",
+        dpo_positive,
+        (DPO_A, nls(0.02)),
+        chosen_rewards=(0.02, -0.005),
+        rejected_rewards=(0.05, -0.05),
+        metrics={"chosen_below_reference": (0.0, 1.0)},
+    ),
+    Golden(
+        "dpo_positive inside label_smoothing=0.1 sft_weight=0.5",
+        lambda m: dpo_positive(m, label_smoothing=0.1, sft_weight=0.5),
+        (0.9 * nls(-0.03) + 0.1 * nls(0.03) + 0.375, 0.9 * nls(0.02) + 0.1 * nls(-0.02) + 0.05),
+    ),
+    Golden("dpo_positive outside", lambda m: dpo_positive(m, placement="outside"), (DPO_A, DPO_B + 0.25)),
+    Golden(
+        "dpo_positive outside sft_weight=0.5",
+        lambda m: dpo_positive(m, placement="outside", sft_weight=0.5),
+        (DPO_A + 0.375, DPO_B + 0.3),
+    ),
+    # z = (-1/15 - 0.1) / 0.5 = -1/3 and 0.2; targets 2 (0.3 + 0.2 z) = 7/15 and 0.68; logits -5/6 - 7/15 and 2.8 - 0.68
+    # update: mean 1/15, n-1 standard deviation (4/15) / sqrt 2
+    Golden(
+        "alpha_dpo",
+        alpha_dpo,
+        (nls(-1.3), nls(2.12)),
+        chosen_rewards=(-1.54, -0.18),
+        rejected_rewards=(-11 / 15, -2.9),
+        metrics={"target_margin": (7 / 15, 0.68)},
+        statistics=MOMENTS,
+        statistics_after=(3.0, 0.0171 + 0.1 / 15, 0.0855 + 0.1 * 4 / 15 / math.sqrt(2)),
+    ),
+    Golden(
+        "alpha_dpo bias_correction=false",
+        lambda m: alpha_dpo(m, bias_correction=False),
+        (nls(-1.3), nls(2.12)),
+        statistics=(2.0, 0.1, 0.5),
+    ),
+    # no update yet: z = 0
+    Golden(
+        "alpha_dpo before the first update",
+        alpha_dpo,
+        (nls(-5 / 6 - 0.6), nls(2.2)),
+        statistics=(0.0, 0.0, 0.0),
+        statistics_after=(1.0, 0.1 / 15, 0.1 * 4 / 15 / math.sqrt(2)),
+    ),
     # 0.2 * 0.25 * -0.5; B's gate is closed
     Golden(
         "minll",
         minll,
         (DPO_A - 0.025, DPO_B),
-        chosen_rewards=(0.02, 0.03),
+        chosen_rewards=(0.02, -0.005),
         rejected_rewards=(0.05, -0.05),
         metrics={
             "gate_open": (1.0, 0.0),
@@ -201,7 +370,7 @@ GOLDEN = [
         "conll",
         conll,
         (nls(-0.03 + 0.0035), DPO_B),
-        chosen_rewards=(0.02, 0.03),
+        chosen_rewards=(0.02, -0.005),
         rejected_rewards=(0.05, -0.05),
         metrics={"penalty_share": ((DPO_A - nls(-0.0265)) / (2 * DPO_A - nls(-0.0265)), 0.0)},
     ),
@@ -222,9 +391,37 @@ GOLDEN = [
         ),
         (
             0.9 * nls(-0.6 + 0.4 * 0.175 * 0.7) + 0.1 * nls(0.6 - 0.4 * 0.175 * 0.7) + 0.375,
-            0.9 * nls(1.6 - 0.4 * 2.523 * 0.3) + 0.1 * nls(-1.6 + 0.4 * 2.523 * 0.3) + 0.05,
+            0.9 * nls(0.9 - 0.4 * 2.523 * 0.3) + 0.1 * nls(-0.9 + 0.4 * 2.523 * 0.3) + 0.05,
         ),
     ),
+    # mean gap -0.5 + 0.15: -4/3 + 0.2 * 2 * 0.25 * 0.35; without normalisation -1.5 + 0.1 * 0.7
+    Golden("conll on simpo", lambda m: conll(m, base=simpo(m)), (nls(-4 / 3 + 0.035), nls(2.3))),
+    Golden(
+        "conll on simpo normalise_by_length=false",
+        lambda m: conll(m, base=simpo(m, normalise_by_length=False)),
+        (nls(-1.43), nls(5.3)),
+    ),
+    Golden("conll on r_dpo", lambda m: conll(m, base=rdpo(m)), (nls(-0.08 + 0.0035), nls(-0.005))),
+    Golden("conll on dpo_positive", lambda m: conll(m, base=dpo_positive(m)), (nls(-0.03 + 0.0035), nls(0.02))),
+    Golden(
+        "conll on alpha_dpo",
+        lambda m: conll(m, base=alpha_dpo(m)),
+        (nls(-1.3 + 0.035), nls(2.12)),
+        statistics=MOMENTS,
+        statistics_after=(3.0, 0.0171 + 0.1 / 15, 0.0855 + 0.1 * 4 / 15 / math.sqrt(2)),
+    ),
+    Golden("unll on ipo", lambda m: unll(m, base=ipo(m)), ((31 / 15) ** 2 + 0.05 * UNLL_A, 3.24)),
+    # 0.05 * (2 / 0.5) * -log sigmoid(0.5 * 0.7)
+    Golden("npo", npo, (DPO_A + 0.2 * nls(0.35), DPO_B)),
+    # without the shared first token: s_g - s_g^r = -0.4
+    Golden(
+        "npo mask_shared_prefix",
+        lambda m: npo(m, mask_shared_prefix=True),
+        (DPO_A + 0.2 * nls(0.2), DPO_B),
+        shared_prefix=(1, 0),
+    ),
+    # 0.05 * (2 / 0.5) * -log sigmoid(0.5 * 0.5 - 0.3)
+    Golden("simnpo", simnpo, (DPO_A + 0.2 * nls(-0.05), DPO_B)),
 ]
 
 
@@ -254,13 +451,17 @@ def run(golden: Golden, m: Any, picked: tuple[int, ...]) -> LossTerms:
     return terms
 
 
+def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return found.dtype == wanted.dtype and torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 def check(golden: Golden, m: Any, picked: tuple[int, ...]) -> None:
     """Raise AssertionError unless the loss returns what ``golden`` says for a batch of the picked pairs."""
     terms = run(golden, m, picked)
 
     def same(found: torch.Tensor, expected: tuple[float, float]) -> None:
         wanted = torch.tensor([expected[index] for index in picked], dtype=torch.float64)
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        assert close(found, wanted), f"{found.tolist()} in place of {wanted.tolist()}"
         assert not found.requires_grad
 
     same(terms.value, golden.values)
@@ -272,3 +473,22 @@ def check(golden: Golden, m: Any, picked: tuple[int, ...]) -> None:
         same(terms.metrics[name], expected)
     for name, expected in (golden.distributions or {}).items():
         same(terms.distributions[name], expected)
+    if golden.statistics_after is not None:
+        check_statistics(golden, m)
+
+
+def check_statistics(golden: Golden, m: Any) -> None:
+    """Raise AssertionError unless the statistics become what ``golden`` says, whatever the micro-batches."""
+    loss = golden.build(m)
+    state = torch.tensor(golden.statistics, dtype=torch.float64)
+    assert loss.uses_statistics
+    assert loss.initial_statistics().tolist() == [0.0, 0.0, 0.0]
+    for micro_batches in ([(0, 1)], [(0,), (1,)]):
+        totals = sum(loss.partial_statistics(*batch(picked), context(len(picked))) for picked in micro_batches)
+        after = torch.tensor(golden.statistics_after, dtype=torch.float64)
+        assert close(loss.update_statistics(state, totals), after)
+    assert torch.equal(loss.update_statistics(state, torch.zeros(3, dtype=torch.float64)), state)
+    # One pair has no deviation; 1, 2, 3 have mean 2 and deviation 1.
+    for totals, mean, deviation in (((1.0, 0.3, 0.09), 0.3, 0.0), ((3.0, 6.0, 14.0), 2.0, 1.0)):
+        after = torch.stack([state[0] + 1, 0.9 * state[1] + 0.1 * mean, 0.9 * state[2] + 0.1 * deviation])
+        assert close(loss.update_statistics(state, torch.tensor(totals, dtype=torch.float64)), after)

@@ -16,8 +16,8 @@ A: Answers = {"chosen": [-0.5, -1.0], "rejected": [-0.2, -0.3, -0.5], "generated
 A_REFERENCE: Answers = {"chosen": [-0.6, -1.1], "rejected": [-0.5, -0.5, -0.5], "generated": [-0.1, -0.2]}
 # Pair B: ranked rightly. s_w = -0.1 (1 token), s_l = -3.0 (2 tokens), s_g = -0.3 (3 tokens, one certain): r = 2.9.
 B: Answers = {"chosen": [-0.1], "rejected": [-1.0, -2.0], "generated": [-0.05, -0.25, 0.0]}
-# Its reference: s_w = -0.4, s_l = -2.5, s_g = -0.6, so that Delta = 2.9 - 2.1 = 0.8.
-B_REFERENCE: Answers = {"chosen": [-0.4], "rejected": [-1.5, -1.0], "generated": [-0.2, -0.2, -0.2]}
+# Its reference: s_w = -0.05, s_l = -2.5, s_g = -0.6, so that Delta = 2.9 - 2.45 = 0.45.
+B_REFERENCE: Answers = {"chosen": [-0.05], "rejected": [-1.5, -1.0], "generated": [-0.2, -0.2, -0.2]}
 
 
 def logps(*examples: Answers, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> ResponseLogps:

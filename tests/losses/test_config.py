@@ -79,6 +79,40 @@ def test_only_penalised_losses_compose_a_penalty(name: str) -> None:
     assert ("penalty" in values) == isinstance(built(values["loss"]), PenalisedLoss)
 
 
+PENALISED = ["minll", "unll", "conll", "npo", "simnpo"]
+WITHOUT_LOG_RATIO = ["ipo", "slic", "cpo", "orpo"]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", PENALISED)
+def test_penalised_losses_take_every_base_except_conll(name: str, base: str) -> None:
+    values = composed(f"loss={name}", f"loss/base={base}")["loss"]
+    if name == "conll" and base in WITHOUT_LOG_RATIO:
+        with pytest.raises(UserError, match=rf"^loss\.base={base}: loss=conll .* choose loss/base=dpo"):
+            built(values)
+        return
+    loss = built(values)
+    alone = built(composed(f"loss={base}")["loss"])
+    assert loss.base == alone
+    assert loss.uses_reference == (alone.uses_reference or name in ("conll", "npo"))
+    assert loss.uses_statistics == alone.uses_statistics
+    assert built(values | {"margin": "implicit"}).uses_reference
+
+
+def test_conll_refuses_dpo_positive_outside_the_sigmoid() -> None:
+    with pytest.raises(UserError, match=r"^loss\.base=dpo_positive: .* placement=inside"):
+        built(composed("loss=conll", "loss/base=dpo_positive", "loss.base.placement=outside")["loss"])
+
+
+@pytest.mark.parametrize("base", ["unll", "sft"])
+def test_only_pairwise_losses_are_bases(base: str) -> None:
+    with pytest.raises(ConfigCompositionException):
+        composed("loss=unll", f"loss/base={base}")
+    values = composed("loss=unll")["loss"]
+    with pytest.raises(UserError, match=r"^loss\.base\._target_=.* is not usable as PairwiseLoss"):
+        built(values | {"base": composed(f"loss={base}")["loss"]})
+
+
 def test_published_switches_are_the_defaults() -> None:
     minll, unll = (built(composed(f"loss={name}")["loss"]) for name in ("minll", "unll"))
     for loss in (minll, unll):
@@ -100,16 +134,17 @@ def test_an_experiment_mounts_a_loss_as_a_phase_with_its_base(conf: Path) -> Non
         "# @package _global_\n"
         "defaults:\n"
         "- /loss@phases.one.loss: unll\n"
-        "- /loss@phases.two.loss: dpo\n"
+        "- /loss@phases.two.loss: simpo\n"
         "- override /loss: dpo\n"
         "- override /penalty: linear\n",
         encoding="utf-8",
     )
     phases = composed("experiment=phases")["phases"]
     first, second = (built(phases[name]["loss"], f"phases.{name}.loss") for name in ("one", "two"))
-    assert (first.name, first.base.name, first.penalty.name, second.name) == ("unll", "dpo", "linear", "dpo")
-    phases = composed("experiment=phases", "loss/base@phases.one.loss.base=dpo", "penalty=sqrt")["phases"]
-    assert built(phases["one"]["loss"]).penalty.name == "sqrt"
+    assert (first.name, first.base.name, first.penalty.name, second.name) == ("unll", "dpo", "linear", "simpo")
+    phases = composed("experiment=phases", "loss/base@phases.one.loss.base=cpo", "penalty=sqrt")["phases"]
+    first = built(phases["one"]["loss"])
+    assert (first.base.name, first.penalty.name) == ("cpo", "sqrt")
 
 
 @pytest.mark.parametrize("override", ["loss/base=dpo", "penalty=linear"])
@@ -132,6 +167,26 @@ def test_a_base_or_penalty_is_refused_where_the_loss_has_none(override: str) -> 
         (["loss=minll", "loss.floor=0"], "loss.floor=0: must be < 0 nats per token, or null"),
         (["loss=minll", "penalty=expectile", "zeta=1.5"], "loss.penalty.zeta=1.5: must be above 0 and below 1"),
         (["loss=unll", "penalty=linear", "++penalty.zeta=0.1"], "loss.penalty.zeta=0.1: unknown key"),
+        (["loss=ipo", "loss.tau=0"], "loss.tau=0: must be > 0"),
+        (["loss=slic", "loss.delta=-1"], "loss.delta=-1: must be >= 0"),
+        (["loss=slic", "loss.lambda_=-1"], "loss.lambda_=-1: must be >= 0"),
+        (["loss=cpo", "loss.lambda_=-1"], "loss.lambda_=-1: must be >= 0"),
+        (["loss=orpo", "loss.lambda_=-1"], "loss.lambda_=-1: must be >= 0"),
+        (["loss=r_dpo", "loss.alpha_len=-1"], "loss.alpha_len=-1: must be >= 0"),
+        (["loss=alpha_dpo", "loss.decay=1"], "loss.decay=1: must be >= 0 and below 1"),
+        (["loss=alpha_dpo", "loss.alpha_ref=-1"], "loss.alpha_ref=-1: must be >= 0"),
+        (["loss=alpha_dpo", "loss.gamma_ratio=-1"], "loss.gamma_ratio=-1: must be >= 0"),
+        (["loss=simpo", "loss.gamma=-1"], "loss.gamma=-1: must be >= 0"),
+        (["loss=simpo", "loss.gamma_beta_ratio=0.5"], "loss.gamma_beta_ratio=0.5: gamma=1 is given too; keep one"),
+        (["loss=simpo", "loss.gamma=null"], "loss.gamma=null: gamma_beta_ratio is null too; give one of them"),
+        (["loss=dpo_positive", "loss.lambda_=-1"], "loss.lambda_=-1: must be >= 0"),
+        (
+            ["loss=dpo_positive", "loss.placement=outside", "loss.label_smoothing=0.1"],
+            "loss.label_smoothing=0.1: placement=outside takes none",
+        ),
+        (["loss=npo", "loss.beta_p=0"], "loss.beta_p=0: must be > 0"),
+        (["loss=simnpo", "loss.beta_p=0"], "loss.beta_p=0: must be > 0"),
+        (["loss=simnpo", "loss.gamma_p=-1"], "loss.gamma_p=-1: must be >= 0"),
     ],
 )
 def test_a_wrong_value_is_one_line_with_key_value_and_rule(overrides: list[str], message: str) -> None:
