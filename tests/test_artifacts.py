@@ -479,7 +479,8 @@ def test_a_waiter_is_told_whom_it_waits_for_and_takes_over_when_the_holder_is_ki
     notice = waiter.hear()
     assert notice.startswith(f"waiting for {cache.artifact('sft', CONTENT).name}: process {holder.process.pid} on ")
     assert "has held it since 20" in notice
-    assert waiter.process.poll() is None
+    time.sleep(0.5)
+    assert not cache.artifact("sft", CONTENT).complete()
     holder.kill()
     assert waiter.hear() == "building"
     assert waiter.end() == ""  # the notice came once
@@ -627,6 +628,14 @@ def test_the_first_row_of_a_key_stays(cache: Cache) -> None:
     store.append({"a": "third"})
     assert json_store(cache).get(["a", "b"]) == ["first", "b"]
     assert len(list(store.shards.iterdir())) == 2
+
+
+def test_reason_of_a_store_that_has_rows(cache: Cache) -> None:
+    assert json_store(cache).reason() == "the first generate"
+    json_store(cache).append({"a": 1, "b": 2})
+    store = json_store(cache)
+    assert store.missing(["a", "c"]) == ["c"]
+    assert store.reason() == "adds to 2 rows"
 
 
 def test_rows_of_other_processes_appear_without_opening_again(cache: Cache) -> None:
@@ -877,7 +886,9 @@ def test_a_size_limit_of_the_process_is_a_user_error(cache: Cache) -> None:
 def test_a_cache_below_a_file_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     cache = Cache(tmp_path / "file" / "cache")
-    message = rf"^{tmp_path}/file/cache: cannot write: not a directory; make it writable, or choose another place"
+    message = (
+        rf"^{tmp_path}/file/cache: cannot write: not a directory; make it writable, or choose another place \(cache"
+    )
     with pytest.raises(UserError, match=message):
         cache.check_writable()
     with pytest.raises(UserError, match=message):

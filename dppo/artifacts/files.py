@@ -43,7 +43,8 @@ def disk_errors(path: Path, codes: frozenset[int] = UNWRITABLE) -> Iterator[None
             raise
         advice = "free some space" if code in DISK_FULL else "make it writable"
         raise UserError(
-            f"{path}: cannot write: {os.strerror(code).lower()}; {advice}, or choose another place with cache.dir="
+            f"{path}: cannot write: {os.strerror(code).lower()}; {advice}, "
+            "or choose another place (cache.dir=, hydra.run.dir=)"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 import time
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from dppo.types import Artifact, Json
 
 logger = logging.getLogger(__name__)
+
+
+@functools.cache  # a stage may ask more than once, the user is told once
+def _warn(name: str, problem: str, path: Path) -> None:
+    logger.warning("%s is damaged and will be built again: %s (%s)", name, problem, path)
 
 
 @dataclass
@@ -65,7 +71,7 @@ class Slot(Entry):
         """
         problem = artifact_problem(self.path, deep=self.verify)
         if problem is not None and self.path.exists():
-            logger.warning("%s is damaged and will be built again: %s (%s)", self.name, problem, self.path)
+            _warn(self.name, problem, self.path)
         return problem is None
 
     def reason(self) -> str:
@@ -79,7 +85,7 @@ class Slot(Entry):
 
     def get_or_build(self, build: Callable[[Build], None], on_wait: OnWait | None = None) -> Artifact:
         """The artifact: reused if it is complete, else built by exactly one of the processes that ask for it."""
-        if artifact_problem(self.path, deep=self.verify) is not None:
+        if not self.complete():
             with self.lock(on_wait):
                 if not self.complete():
                     with self.building() as started:

@@ -83,12 +83,17 @@ class JsonRows:
         # The rows themselves are parsed when somebody asks for them. Quotes within a key are escaped, so that the
         # first `,"row":` after a quote is where the key ends.
         start = len('{"key":')
-        lines = path.read_bytes().split(b"\n")[:-1]
-        return [json.loads(line[start : line.index(b'","row":') + 1]) for line in lines]
+        with open(path, "rb") as file:
+            return [_parse_key(line[start : line.index(b'","row":') + 1]) for line in file]
 
     def rows(self, path: Path, indices: Sequence[int]) -> list[Json]:
         lines = path.read_bytes().split(b"\n")
         return [json.loads(lines[index])["row"] for index in indices]
+
+
+def _parse_key(text: bytes) -> str:
+    """A key in JSON; most keys are hashes, for which the parser would be the slow part of opening a store."""
+    return str(json.loads(text)) if b"\\" in text else text[1:-1].decode("ascii")
 
 
 class TokenRows:
@@ -187,6 +192,10 @@ class Store(Entry, Generic[Row]):
             with disk_errors(self.layout.root):
                 write_atomic(self.shards / shard, data)
             self._take(shard, list(new))
+
+    def reason(self) -> str:
+        """Why rows must be computed."""
+        return f"adds to {len(self._index)} rows" if self._index else super().reason()
 
     def artifact(self, *, reused: bool) -> Artifact:
         """The record of this store for those who use it."""
