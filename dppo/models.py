@@ -94,7 +94,9 @@ class TinyLlama:
         """The tokenizer that is built from the embedded data sets."""
         from dppo.data.tiny_tokenizer import build_tokenizer
 
-        return build_tokenizer()
+        tokenizer = build_tokenizer()
+        tokenizer.model_max_length = self.max_positions
+        return tokenizer
 
     def load_model(self, seed: int) -> PreTrainedModel:
         """Random weights from ``seed``; the global random state is left as it was."""

@@ -8,7 +8,6 @@ Tokens that cross the boundary do not occur; otherwise both sides have the ids t
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import hashlib
 import math
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dppo.data.ids import ID_DIGITS, content_hash
+from dppo.data.rows import listed
 from dppo.errors import UserError
 from dppo.types import EncodedExample, EncodedResponse, Generation, Message, PreferenceExample, Prompt
 
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TEXTS_PER_CALL = 1024  # the tokenizer keeps about 100 bytes a token while it works on a call
-_FIXED_DAY = datetime.datetime(2024, 7, 26)  # for templates that write today's date into the prompt
+# For templates that write today's date into the prompt, put before them: the same day in every run.
+_FIXED_DAY = (
+    "{%- macro strftime_now(format) -%}{{- format | replace('%d', '26') | replace('%-d', '26') | replace('%m', '07') "
+    "| replace('%b', 'Jul') | replace('%B', 'July') | replace('%Y', '2024') | replace('%y', '24') "
+    "| replace('%a', 'Fri') | replace('%A', 'Friday') | replace('%H', '00') | replace('%M', '00') "
+    "| replace('%S', '00') -}}{%- endmacro -%}"
+)
 
 
 class TemplateRefusal(Exception):
@@ -71,7 +77,8 @@ class ChatEncoder:
                 f"model: its tokenizer{of} has no chat template; choose a model that has one, or set "
                 "model.chat_template to a file with a Jinja template"
             )
-        self.template_text: str = tokenizer.get_chat_template()
+        own = tokenizer.get_chat_template()
+        self.template_text: str = _FIXED_DAY + own if "strftime_now" in own else own
         added = tokenizer.added_tokens_decoder
         special = {*tokenizer.all_special_tokens, *(token.content for token in added.values() if token.special)}
         written = {token.content for token in added.values() if token.content in self.template_text}
@@ -118,7 +125,8 @@ class ChatEncoder:
     def encode(self, examples: Sequence[PreferenceExample], max_length: int | str | None) -> EncodedSet:
         """Tokenise examples and cut them to ``max_length`` tokens: a number, a percentile such as "p95", or None.
 
-        The limit holds for the prompt and any one of its responses together; a percentile is that of the longest such
+        The limit holds for the prompt and any one of its responses together, and so does the model's context, as far
+        as the tokenizer knows it; a percentile is that of the longest such
         sequence of each example given here, so that p95 leaves at least 95 % of these examples whole. Responses are
         cut at their end, prompts never. An example is dropped if the limit leaves no token for a response, if cutting
         makes chosen and rejected equal, or if the template refuses it.
@@ -143,9 +151,7 @@ class ChatEncoder:
                 token_ids = next(answers)
                 responses.append(EncodedResponse(response_id(token_ids), response.role, token_ids, response.score))
             whole.append(EncodedExample(example.example_id, example.prompt.prompt_id, prompt, tuple(responses)))
-        limit = max_length
-        if isinstance(limit, str):
-            limit = percentile([_longest(example) for example in whole], limit) if whole else None
+        limit, origin = self._limit(max_length, whole)
         fitting, n_truncated = [], 0
         for one in whole:
             room = None if limit is None else limit - len(one.prompt_ids)
@@ -159,25 +165,22 @@ class ChatEncoder:
                 continue
             n_truncated += sum(new is not old for new, old in zip(cut.responses, one.responses, strict=True))
             fitting.append(cut)
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in left_out.most_common())
         if not fitting:
             shortest = (
                 f"; the shortest prompt has {min(len(one.prompt_ids) for one in whole):,} tokens" if whole else ""
             )
             raise UserError(
                 f"max_length={'null' if max_length is None else max_length}: none of {len(examples):,} examples is "
-                f"left ({reasons}){shortest}; raise max_length, or choose other data or another model"
+                f"left ({listed(left_out)}){shortest}; raise max_length, or choose other data or another model"
             )
         longest = max(_longest(one) for one in whole)
-        notes = [f"longest of {len(whole):,} examples: {longest:,} tokens, limit {'none' if limit is None else limit}"]
-        if isinstance(max_length, str):
-            notes[0] += f" ({max_length} of these examples)"
+        notes = [f"longest of {len(whole):,} examples: {longest:,} tokens, {origin}"]
         if n_truncated:
             notes.append(
                 f"{n_truncated:,} of {sum(len(one.responses) for one in fitting):,} responses cut at the limit"
             )
         if left_out:
-            notes.append(f"{sum(left_out.values()):,} of {len(examples):,} examples left out ({reasons})")
+            notes.append(f"{sum(left_out.values()):,} of {len(examples):,} examples left out ({listed(left_out)})")
         return EncodedSet(tuple(fitting), limit, sum(left_out.values()), n_truncated, tuple(notes))
 
     def add_generated(
@@ -208,6 +211,17 @@ class ChatEncoder:
             dataclasses.replace(one, example_id=content_hash([one.prompt_id, one.responses[0].response_id]))
             for one in answered
         )
+
+    def _limit(self, max_length: int | str | None, examples: Sequence[EncodedExample]) -> tuple[int | None, str]:
+        """The limit in tokens, never more than the model's context, and words that say where it comes from."""
+        context = self.tokenizer.model_max_length  # 1e30 where it is not known
+        limit, origin = max_length, f"limit {max_length}"
+        if isinstance(limit, str):
+            limit = percentile([_longest(example) for example in examples], limit) if examples else None
+            origin = f"limit {limit} ({max_length} of these examples)"
+        if limit is None or limit > context:
+            return (context, f"limit {context} (the model's context)") if context < 10**9 else (limit, "no limit")
+        return limit, origin
 
     def _learn_end_of_turn(self) -> tuple[str, str, str]:
         """The end-of-turn token; what the template writes behind an answer; and how much of that a response keeps."""
@@ -266,7 +280,7 @@ class ChatEncoder:
                 [{"role": turn.role, "content": turn.content} for turn in turns],
                 tokenize=False,
                 add_generation_prompt=for_generation,
-                strftime_now=_FIXED_DAY.strftime,
+                chat_template=self.template_text,
             )
         except jinja2.TemplateError as error:
             raise TemplateRefusal(str(error)) from None

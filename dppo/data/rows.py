@@ -94,12 +94,18 @@ def collect(
             dropped["repeated"] += 1
         else:
             examples[example.example_id] = example
-    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.most_common())
     if not examples:
-        raise UserError(f"{where}: none of its {n_rows:,} rows can be used ({reasons})")
-    left_out = f"; left out {n_rows - len(examples):,} ({reasons})" if reasons else ""
+        raise UserError(f"{where}: none of its {n_rows:,} rows can be used ({listed(dropped)})")
+    left_out = f"; left out {n_rows - len(examples):,} ({listed(dropped)})" if dropped else ""
     logger.info("%s: %s of %s rows%s", where, f"{len(examples):,}", f"{n_rows:,}", left_out)
     return list(examples.values())
+
+
+def listed(reasons: Counter[str]) -> str:
+    """Reasons with their counts, the most frequent first; at most five by name."""
+    named = reasons.most_common(5)
+    others = reasons.total() - sum(count for _, count in named)
+    return ", ".join(f"{reason}: {count:,}" for reason, count in [*named, ("others", others)] if count)
 
 
 def cut(
