@@ -191,6 +191,8 @@ def _continued(prompt: object, answer: object, name: str) -> tuple[Message, ...]
     turns = (Message("assistant", answer),) if isinstance(answer, str) else conversation(answer, name)
     if any(turn.role == "user" for turn in turns):
         return turns
+    if prompt is None:
+        raise UnusableRow("no prompt")
     before = (Message("user", prompt),) if isinstance(prompt, str) else conversation(prompt, "prompt")
     return before + turns
 
