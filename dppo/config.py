@@ -492,9 +492,10 @@ class _Door:
         prefix = f"{path}." if path else ""
         for key in values:
             if key not in names:
+                known = names if path else _roots(names)
                 raise UserError(
-                    f"{prefix}{key}={shown(values[key])}: unknown key.{_suggest(key, names)} "
-                    f"Known {'in ' + path if path else 'here'}: {', '.join(sorted(names))}"
+                    f"{prefix}{key}={shown(values[key])}: unknown key.{_suggest(key, known)} "
+                    f"Known {f'in {path}' if path else 'at the top'}: {', '.join(sorted(known)) or 'none'}"
                 )
         arguments: dict[str, Any] = dict(given or {})
         for name in names:
@@ -508,6 +509,11 @@ class _Door:
             return cls(**arguments)
         except UserError as error:
             raise UserError(f"{prefix}{error}") from None
+
+
+def _roots(fields: Sequence[str]) -> list[str]:
+    """What a user may set at the top: the experiment's fields and what they are made from."""
+    return [*fields, *SEARCHED, *_THROUGH_PHASES, "allowed_targets"]
 
 
 def _scalar(kind: type, value: Any, path: str) -> Any:

@@ -27,6 +27,9 @@ from dppo.stages.workbench import Workbench
 from dppo.tracking import RunInfo, Tracker
 from dppo.types import Artifact, EncodedExample, Generation, Json, Prompt
 
+# Held-out pairs and evaluation prompts are the same for every seed, so that runs can be compared prompt by prompt.
+FIXED = 0
+
 
 def run(
     experiment: Experiment, directory: Path, *, resolved: Mapping[str, Json], overrides: Sequence[str]
@@ -37,6 +40,7 @@ def run(
     the run, ``result.json`` says how it ended.
     """
     started = time.perf_counter()
+    results.check_objectives(experiment.objectives)
     bench = _workbench(experiment)
     bench.cache.check_writable()
     record = results.RunDirectory(directory, resolved=resolved, overrides=overrides, experiment=experiment)
@@ -97,8 +101,8 @@ def _stages(
     other_store, other = generate(bench, "baseline", reference, prompts, settings, encoder)
     scored, (own_rewards, other_rewards) = scores(bench, experiment.reward, prompts, [own, other])
     train = next(iter(experiment.phases.values())).train if experiment.phases else experiment.sft.train
-    kl_prompts = nested_subset(prompts, evaluation.n_kl_prompts, 0)
-    pairs = nested_subset(experiment.dataset.pairs(evaluation.split), evaluation.n_pairs, 0)
+    kl_prompts = nested_subset(prompts, evaluation.n_kl_prompts, FIXED)
+    pairs = nested_subset(experiment.dataset.pairs(evaluation.split), evaluation.n_pairs, FIXED)
     _, moved = drift(
         bench,
         policy,
@@ -135,7 +139,7 @@ def _phase(
     """One preference phase: y_gen and reference log-probs if its loss uses them, then training."""
     train, seed = phase.train, experiment.seed
     pairs = nested_subset(experiment.dataset.pairs("train"), train.n_examples, seed)
-    held_out_pairs = nested_subset(experiment.dataset.pairs("validation"), train.n_evaluation_examples, seed)
+    held_out_pairs = nested_subset(experiment.dataset.pairs("validation"), train.n_evaluation_examples, FIXED)
     encoded = encoder.encode(pairs, train.max_length)
     for note in encoded.notes:
         bench.say(f"  {name}: {note}")
@@ -182,7 +186,7 @@ def _seen(examples: Sequence[EncodedExample], phase: Phase, seed: int) -> tuple[
 
 def _evaluation_prompts(experiment: Experiment) -> list[Prompt]:
     evaluation = experiment.evaluation
-    prompts = nested_subset(experiment.dataset.prompts(evaluation.split), evaluation.n_prompts, 0)
+    prompts = nested_subset(experiment.dataset.prompts(evaluation.split), evaluation.n_prompts, FIXED)
     if not prompts:
         raise UserError(f"evaluation.split={evaluation.split}: the data set has no prompts in this split")
     return prompts

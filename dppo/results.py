@@ -11,6 +11,7 @@ A run directory holds
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -154,34 +155,57 @@ def timings(bench: Workbench) -> dict[str, Any]:
     return {"stages": stages}
 
 
-def objective_values(result: Mapping[str, Any], paths: Sequence[str]) -> tuple[float, ...]:
-    """The values that a sweep receives. A diverged run has the worst: 0 for rates, infinity for costs.
+_MEAN = ("value", "ci_low", "ci_high")
+# Every number of a complete result that an objective may name.
+NUMBERS = frozenset(
+    [
+        "objective",
+        "n_prompts",
+        *(f"win_rate.{key}" for key in (*_MEAN, "strict", "strict_ci_low", "strict_ci_high", "n", "wins", "ties")),
+        *(f"reward.{what}.{key}" for what in ("policy", "reference", "delta") for key in _MEAN),
+        *(f"reward.negative_share.{who}" for who in ("policy", "reference")),
+        *(
+            f"length.{who}.{key}"
+            for who in ("policy", "reference")
+            for key in ("tokens", "characters", "end_of_turn_rate")
+        ),
+        *(f"kl.{key}" for key in ("nats_per_token", "nats_per_answer", "n_answers", "n_tokens")),
+        *(f"held_out.{key}" for key in ("n_pairs", "accuracy", "accuracy_per_token", "accuracy_to_reference")),
+        *(
+            f"held_out.{kind}/{role}{per}"
+            for role in ("chosen", "rejected")
+            for kind, per in (("logps", ""), ("logps", "_per_token"), ("log_ratio", ""))
+        ),
+        "timings.total_seconds",
+    ]
+)
 
-    Raises UserError for a path that is not a number in ``result.json``.
-    """
+
+def check_objectives(paths: Sequence[str]) -> None:
+    """Raise UserError for an objective that no result has, before anything is trained."""
+    for path in paths:
+        if path not in NUMBERS:
+            near = difflib.get_close_matches(path, NUMBERS, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"objectives=[{path}]: not a number of result.json.{hint} Known: {', '.join(sorted(NUMBERS))}"
+            )
+
+
+def objective_values(result: Mapping[str, Any], paths: Sequence[str]) -> tuple[float, ...]:
+    """The values that a sweep receives; for a diverged run the worst: infinite costs, everything else at its least."""
     return tuple(_objective(result, path) for path in paths)
 
 
 def _objective(result: Mapping[str, Any], path: str) -> float:
     if result["status"] == "diverged":
-        # What is kept small (drift, length) is at its worst when it is largest.
-        return math.inf if path.split(".")[0] in ("kl", "length") else 0.0 if "rate" in path else -math.inf
-    found: Any = result
-    for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    if isinstance(found, bool) or not isinstance(found, (int, float)):
-        from dppo.command_line import dotted
-
-        numbers = [name for name in dotted(result) if isinstance(_lookup(result, name), (int, float))]
-        raise UserError(f"objectives=[{path}]: not a number in result.json; numbers there: {', '.join(numbers)}")
-    return float(found)
-
-
-def _lookup(result: Mapping[str, Any], path: str) -> Any:
+        if path.split(".")[0] in ("kl", "length", "timings"):
+            return math.inf
+        return -math.inf if path.startswith(("reward", "held_out.log")) else 0.0
     found: Any = result
     for key in path.split("."):
         found = found[key]
-    return found
+    return float(found)
 
 
 def final_scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float | int]:

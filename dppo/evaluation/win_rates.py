@@ -130,11 +130,11 @@ def _crossed_bootstrap(values: Array, n_bootstrap: int, seed: int) -> Array:
     n_seeds, n_prompts = values.shape
     generator = np.random.default_rng(seed)
     means = np.empty(n_bootstrap)
-    # Resampling counts instead of rows: a resample is a weight per seed and a weight per prompt.
-    chunk = max(1, (1 << 22) // n_prompts)
+    chunk = max(1, (1 << 22) // (n_prompts * n_seeds))
     for start in range(0, n_bootstrap, chunk):
         n = min(chunk, n_bootstrap - start)
-        prompts = generator.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=n) / n_prompts
-        seeds = generator.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n) / n_seeds
-        means[start : start + n] = np.einsum("bs,sp,bp->b", seeds, values, prompts, optimize=True)
+        prompts = generator.integers(0, n_prompts, size=(n, n_prompts))
+        seeds = generator.integers(0, n_seeds, size=(n_seeds, n))
+        per_seed = values[:, prompts].mean(axis=2)
+        means[start : start + n] = np.take_along_axis(per_seed, seeds, axis=0).mean(axis=0)
     return means

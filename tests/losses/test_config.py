@@ -37,7 +37,7 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for group in ("loss", "penalty"):
         (folder / group).symlink_to(CONF_DIR / group)
     (folder / "config.yaml").write_text(
-        "defaults:\n- loss: dpo\n- experiment: []\n- _self_\nalpha: ???\nbeta: ???\nzeta: ???\n", encoding="utf-8"
+        "defaults:\n- penalty: quadratic\n- loss: dpo\n- experiment: []\n- _self_\nalpha: ???\nbeta: ???\nzeta: ???\n", encoding="utf-8"
     )
     (folder / "experiment").mkdir()
     with initialize_config_dir(str(folder), version_base=None):
@@ -71,12 +71,6 @@ def test_every_penalty_composes_with_the_root_override(name: str) -> None:
     penalty = built(composed("loss=unll", f"penalty={name}")["loss"]).penalty
     assert isinstance(penalty, Penalty)
     assert penalty.name == name
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_only_penalised_losses_compose_a_penalty(name: str) -> None:
-    values = composed(f"loss={name}")
-    assert ("penalty" in values) == isinstance(built(values["loss"]), PenalisedLoss)
 
 
 PENALISED = ["minll", "unll", "conll", "npo", "simnpo"]
@@ -147,10 +141,20 @@ def test_an_experiment_mounts_a_loss_as_a_phase_with_its_base(conf: Path) -> Non
     assert (first.base.name, first.penalty.name) == ("cpo", "sqrt")
 
 
-@pytest.mark.parametrize("override", ["loss/base=dpo", "penalty=linear"])
-def test_a_base_or_penalty_is_refused_where_the_loss_has_none(override: str) -> None:
+def test_a_base_is_refused_where_the_loss_has_none() -> None:
     with pytest.raises(ConfigCompositionException):
-        composed("loss=dpo", override)
+        composed("loss=dpo", "loss/base=dpo")
+
+
+def test_several_phases_share_the_root_penalty_and_npo_brings_its_own(conf: Path) -> None:
+    (conf / "experiment" / "two.yaml").write_text(
+        "# @package _global_\ndefaults:\n- /loss@phases.one.loss: unll\n- /loss@phases.two.loss: minll\n",
+        encoding="utf-8",
+    )
+    phases = composed("experiment=two", "penalty=sqrt")["phases"]
+    assert [built(phases[name]["loss"]).penalty.name for name in ("one", "two")] == ["sqrt", "sqrt"]
+    assert built(composed("loss=npo")["loss"]).penalty.name == "constant"
+    assert built(composed("loss=npo", "penalty=linear")["loss"]).penalty.name == "linear"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# A whole run in a second or two: a model of a few thousand parameters, a handful of examples, few resamples.
+SMALL = (
+    "model.hidden_size=16",
+    "model.intermediate_size=32",
+    "model.n_layers=1",
+    "model.n_heads=2",
+    "model.n_key_value_heads=2",
+    "dataset.n_chats=64",
+    "dataset.n_pairs=32",
+    "dataset.n_validation=16",
+    "dataset.n_test=24",
+    "sft.train.steps=4",
+    "sft.train.evaluate_every=2",
+    "sft.train.n_evaluation_examples=4",
+    "sft.train.log_every=1",
+    "train.steps=8",
+    "train.batch_size=4",
+    "train.log_every=1",
+    "train.evaluate_every=5",
+    "train.n_evaluation_examples=4",
+    "generation.max_new_tokens=8",
+    "evaluation.n_prompts=8",
+    "evaluation.n_pairs=8",
+    "evaluation.n_kl_prompts=4",
+    "evaluation.n_bootstrap=100",
+)
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def small(*overrides: str) -> list[str]:
+    """``SMALL`` with these overrides in place of those with the same key, and without what other options lack."""
+    given = {override.partition("=")[0] for override in overrides}
+    words = [word for word in SMALL if word.partition("=")[0] not in given]
+    chosen = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
+    if chosen.get("model", "tiny") != "tiny":
+        words = [word for word in words if not word.startswith("model.")]
+    if chosen.get("dataset", "instructions") not in ("instructions", "arithmetic"):
+        words = [word for word in words if not word.startswith("dataset.")]
+    if chosen.get("loss") == "none" or "+experiment" in chosen:
+        words = [word for word in words if not word.startswith("train.")]
+    return [*overrides, *words]
+
+
+@pytest.fixture
+def dppo(tmp_path: Path) -> Run:
+    """Run ``python -m dppo`` in an empty folder as a user would; returns the finished process."""
+
+    def run(*arguments: str, timeout: float = 300, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "dppo", *arguments],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "COLUMNS": "100"},
+        )
+
+    return run
