@@ -37,24 +37,8 @@ def pinned_commit(repository: str, kind: Literal["model", "dataset"], revision: 
     """
     if _COMMIT.fullmatch(revision):
         return revision
-    from huggingface_hub import HfApi, snapshot_download
-
-    # The Hub's client has changed its HTTP library between releases, so its errors have no common class.
-    try:
-        commit = HfApi().repo_info(repository, repo_type=kind, revision=revision).sha
-        if commit is not None:
-            return commit
-        reason: Exception = ValueError("the Hub names no commit for it")
-    except Exception as error:
-        _refuse(error, repository, kind, revision, key)
-        reason = error
-    try:
-        cached = snapshot_download(
-            repository, repo_type=kind, revision=revision, local_files_only=True, allow_patterns=[]
-        )
-    except Exception:
-        raise _unreachable(repository, kind, key, reason) from None
-    return Path(cached).name
+    # Downloads no file: it records where the branch points, and reads that record without a connection.
+    return _download(repository, kind, revision, [], key).name
 
 
 def snapshot(
@@ -64,21 +48,24 @@ def snapshot(
 
     Raises UserError if the Hub refuses or cannot be reached.
     """
+    return _download(repository, kind, commit, patterns, key)
+
+
+def _download(repository: str, kind: str, revision: str, patterns: Sequence[str], key: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                repository,
-                repo_type=kind,
-                revision=commit,
-                allow_patterns=list(patterns),
-                ignore_patterns=["original/*", "consolidated*"],  # second copies of the weights in another format
-            )
+        folder = snapshot_download(
+            repository,
+            repo_type=kind,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["original/*", "consolidated*"],  # second copies of the weights in another format
         )
-    except Exception as error:
-        _refuse(error, repository, kind, commit, key)
-        raise _unreachable(repository, kind, key, error) from None
+    except Exception as error:  # the client has changed its HTTP library before, so its errors share no class
+        _refuse(error, repository, kind, revision, key)
+        raise _unreachable(repository, kind, key, error) from error
+    return Path(folder)
 
 
 def _refuse(error: Exception, repository: str, kind: str, revision: str, key: str) -> None:
