@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from omegaconf import OmegaConf
 from dppo.config import CONF_DIR, _Door
 from dppo.errors import UserError
 from dppo.losses.pairwise import PairwiseLoss
-from dppo.losses.penalised import PenalisedLoss
 from dppo.losses.penalties import Penalty
 from dppo.types import Objective
 
@@ -37,13 +37,15 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for group in ("loss", "penalty"):
         (folder / group).symlink_to(CONF_DIR / group)
     (folder / "config.yaml").write_text(
-        "defaults:\n- penalty: quadratic\n- loss: dpo\n- experiment: []\n- _self_\nalpha: ???\nbeta: ???\nzeta: ???\n", encoding="utf-8"
+        "defaults:\n- penalty: quadratic\n- loss: dpo\n- experiment: []\n- _self_\nalpha: ???\nbeta: ???\nzeta: ???\n",
+        encoding="utf-8",
     )
     (folder / "experiment").mkdir()
     with initialize_config_dir(str(folder), version_base=None):
         yield folder
 
 
+@cache
 def composed(*overrides: str) -> dict[str, Any]:
     values = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True, throw_on_missing=False)
     assert isinstance(values, dict)
@@ -80,7 +82,7 @@ WITHOUT_LOG_RATIO = ["ipo", "slic", "cpo", "orpo"]
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", PENALISED)
 def test_penalised_losses_take_every_base_except_conll(name: str, base: str) -> None:
-    values = composed(f"loss={name}", f"loss/base={base}")["loss"]
+    values = composed(f"loss={name}")["loss"] | {"base": composed(f"loss={base}")["loss"]}
     if name == "conll" and base in WITHOUT_LOG_RATIO:
         with pytest.raises(UserError, match=rf"^loss\.base={base}: loss=conll .* choose loss/base=dpo"):
             built(values)
@@ -153,6 +155,10 @@ def test_several_phases_share_the_root_penalty_and_npo_brings_its_own(conf: Path
     )
     phases = composed("experiment=two", "penalty=sqrt")["phases"]
     assert [built(phases[name]["loss"]).penalty.name for name in ("one", "two")] == ["sqrt", "sqrt"]
+    (conf / "experiment" / "then_npo.yaml").write_text(
+        "# @package _global_\ndefaults:\n- /loss@phases.two.loss: npo\n", encoding="utf-8"
+    )
+    assert built(composed("experiment=then_npo")["phases"]["two"]["loss"]).penalty.name == "constant"
     assert built(composed("loss=npo")["loss"]).penalty.name == "constant"
     assert built(composed("loss=npo", "penalty=linear")["loss"]).penalty.name == "linear"
 
