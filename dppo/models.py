@@ -184,13 +184,13 @@ class PretrainedModel:
 class GgufModel:
     """A causal LM from a GGUF file, dequantised to fp32 once and kept below ``cache_dir`` as a transformers folder.
 
-    ``file`` is a path or, with ``package``, the name of a file that this Python package holds; ``requirement`` is what
-    pip installs to get the package.
+    ``file`` is a path or, with ``package``, the name of a file that this Python package holds; ``install`` is
+    the command that installs the package.
     """
 
     file: str
     package: str | None
-    requirement: str | None
+    install: str | None
     cache_dir: str
 
     def identity(self) -> dict[str, Json]:
@@ -206,12 +206,13 @@ class GgufModel:
         return _load_model(self._folder(), f"model.file={self.file}")
 
     def _source(self) -> Path:
-        install = f"; install it: pip install '{self.requirement}'" if self.requirement else ""
         folder = Path()
         if self.package is not None:
             found = importlib.util.find_spec(self.package)  # not imported: such packages import their own runtime
             if found is None or found.origin is None:
-                raise UserError(f"model.package={self.package}: is not installed{install}")
+                raise UserError(
+                    f"model.package={self.package}: is not installed; {self.install or 'install it with pip'}"
+                )
             folder = Path(found.origin).parent
         file = folder / Path(self.file).expanduser()
         if not file.is_file():
@@ -301,11 +302,11 @@ def _load_model(folder: Path, name: str) -> PreTrainedModel:
 @contextlib.contextmanager
 def _one_line_errors(name: str) -> Iterator[None]:
     """Errors of transformers about what is in a model folder, as UserError."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the tokenizers library raises Exception itself
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: cannot be loaded: {said}") from error
 
