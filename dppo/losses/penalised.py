@@ -8,7 +8,7 @@ is the base's, bit for bit.
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,7 +25,7 @@ from dppo.types import LossContext, LossTerms, ResponseLogps, Role
 
 
 @dataclass(frozen=True)
-class PenalisedLoss:
+class PenalisedLoss(ABC):
     """What the penalised losses share: the base, the strength f(r), and which pairs are skipped.
 
     ``alpha`` >= 0 weighs the penalty. ``margin`` chooses r: ``sum`` s_w - s_l, ``mean`` m_w - m_l, ``implicit``
@@ -48,7 +48,7 @@ class PenalisedLoss:
         if not self.detach:
             warnings.warn(
                 f"loss={self.name} with detach=false: gradients flow through r, which can pay the model for ranking "
-                "pairs wrongly and is unbounded below for some penalties; detach=true is the published training signal",
+                "pairs wrongly, without a lower bound for some penalties; detach=true prevents it",
                 stacklevel=2,
             )
 
@@ -74,6 +74,10 @@ class PenalisedLoss:
 
     def update_statistics(self, state: Tensor, totals: Tensor) -> Tensor:
         return self.base.update_statistics(state, totals)
+
+    @abstractmethod
+    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, context: LossContext) -> LossTerms:
+        """One value and weight 1 per pair."""
 
     def ranking_margin(self, policy: ResponseLogps, reference: ResponseLogps | None) -> Tensor:
         """The margin r (M,), nats: negative where the pair is ranked wrongly."""
