@@ -75,11 +75,13 @@ def main() -> int:
         arguments = config.canonical(typed)
     except UserError as error:
         return complain(str(error))
-    sys.argv[1:] = arguments
     checking = _runs_something(arguments)
     overrides = [word for word in arguments if not word.startswith("-")]
     if not any(word.startswith("hydra.searchpath=") for word in overrides):
-        sys.argv.append(f"hydra.searchpath=[file://{config.SWEEPS_DIR}]")
+        # Beside the first override: argparse takes no flag between two of them.
+        places = [at for at, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
+        arguments.insert(places[0] if places else len(arguments), f"hydra.searchpath=[file://{config.SWEEPS_DIR}]")
+    sys.argv[1:] = arguments
     try:
         if checking:
             _check(overrides, multirun=checking == "multirun")

@@ -13,6 +13,7 @@ import importlib
 import re
 import types
 import typing
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +191,7 @@ class Experiment:
     device: str
     cache: CacheSettings
     objectives: tuple[str, ...]
+    notices: tuple[str, ...]  # what the chosen settings warn of
 
     def __post_init__(self) -> None:
         require(
@@ -301,14 +303,17 @@ def load(composed: DictConfig, overrides: Sequence[str] = ()) -> Experiment:
     loss, train = values.pop("loss", None), values.pop("train", None)
     values.pop("penalty", None)
     door = _Door(allowed)
-    if phases:
-        built = door.build(Mapping[str, Phase], phases, "phases")
-    elif loss:
-        main = {"loss": loss, "train": train, "reference": "sft"}
-        built = {"main": door.dataclass(Phase, main, "", roots={"loss", "train", "reference"})}
-    else:
-        built = {}
-    return cast("Experiment", door.dataclass(Experiment, values, "", given={"phases": built}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        if phases:
+            built = door.build(Mapping[str, Phase], phases, "phases")
+        elif loss:
+            main = {"loss": loss, "train": train, "reference": "sft"}
+            built = {"main": door.dataclass(Phase, main, "", roots={"loss", "train", "reference"})}
+        else:
+            built = {}
+    notices = tuple(str(warning.message) for warning in caught if warning.category is UserWarning)
+    return cast("Experiment", door.dataclass(Experiment, values, "", given={"phases": built, "notices": notices}))
 
 
 def _strings(value: object, path: str) -> tuple[str, ...]:
@@ -463,9 +468,10 @@ class _Door:
         return built
 
     def _locate(self, target: object, path: str) -> type:
-        if not isinstance(target, str) or not target.startswith(self.allowed):
+        prefixes = tuple(f"{prefix.rstrip('.')}." for prefix in self.allowed)
+        if not isinstance(target, str) or not target.startswith(prefixes):
             raise UserError(
-                f"{path}={shown(target)}: only classes below {', '.join(self.allowed)} are built; "
+                f"{path}={shown(target)}: only classes below {', '.join(prefixes)} are built; "
                 "to use your own, add its module prefix to allowed_targets"
             )
         module, _, name = target.rpartition(".")
@@ -491,7 +497,7 @@ class _Door:
         names = [field.name for field in dataclasses.fields(cls) if field.init]
         prefix = f"{path}." if path else ""
         for key in values:
-            if key not in names:
+            if key not in names or key in (given or {}):
                 known = names if path else _roots(names)
                 raise UserError(
                     f"{prefix}{key}={shown(values[key])}: unknown key.{_suggest(key, known)} "
@@ -513,7 +519,7 @@ class _Door:
 
 def _roots(fields: Sequence[str]) -> list[str]:
     """What a user may set at the top: the experiment's fields and what they are made from."""
-    return [*fields, *SEARCHED, *_THROUGH_PHASES, "allowed_targets"]
+    return [name for name in fields if name != "notices"] + [*SEARCHED, *_THROUGH_PHASES, "allowed_targets"]
 
 
 def _scalar(kind: type, value: Any, path: str) -> Any:

@@ -49,6 +49,8 @@ def run(
     bench.on_record = lambda: record.parents(bench) if bench.is_main else None
     for line in results.header(experiment, directory, overrides):
         bench.say(line)
+    for notice in experiment.notices:
+        bench.warn(notice)
     tracker = _tracker(experiment, directory, resolved, overrides) if bench.is_main else None
     status: Any = "failed"
     final: dict[str, float | int] = {}
@@ -140,7 +142,7 @@ def _phase(
     train, seed = phase.train, experiment.seed
     pairs = nested_subset(experiment.dataset.pairs("train"), train.n_examples, seed)
     held_out_pairs = nested_subset(experiment.dataset.pairs("validation"), train.n_evaluation_examples, FIXED)
-    encoded = encoder.encode(pairs, train.max_length)
+    encoded = encoder.encode(pairs, train.max_length, key="train.max_length")
     for note in encoded.notes:
         bench.say(f"  {name}: {note}")
     examples = _seen(encoded.examples, phase, seed)

@@ -122,7 +122,9 @@ class ChatEncoder:
             raise UserError(f"the model's chat template refuses a conversation: {error}") from None
         return self._answers([rendered])[0]
 
-    def encode(self, examples: Sequence[PreferenceExample], max_length: int | str | None) -> EncodedSet:
+    def encode(
+        self, examples: Sequence[PreferenceExample], max_length: int | str | None, *, key: str = "max_length"
+    ) -> EncodedSet:
         """Tokenise examples and cut them to ``max_length`` tokens: a number, a percentile such as "p95", or None.
 
         The limit holds for the prompt and any one of its responses together, and so does the model's context, as far
@@ -170,7 +172,7 @@ class ChatEncoder:
                 f"; the shortest prompt has {min(len(one.prompt_ids) for one in whole):,} tokens" if whole else ""
             )
             raise UserError(
-                f"max_length={'null' if max_length is None else max_length}: none of {len(examples):,} examples is "
+                f"{key}={'null' if max_length is None else max_length}: none of {len(examples):,} examples is "
                 f"left ({listed(left_out)}){shortest}; raise max_length, or choose other data or another model"
             )
         longest = max(_longest(one) for one in whole)

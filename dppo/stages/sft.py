@@ -42,7 +42,7 @@ def sft(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings,
 
     def build(started: Build) -> None:
         chats = nested_subset(dataset.chats("train"), train.n_examples, settings.seed)
-        encoded = encoder.encode(chats, train.max_length)
+        encoded = encoder.encode(chats, train.max_length, key="sft.train.max_length")
         held_out = nested_subset(dataset.chats("validation"), train.n_evaluation_examples, 0)
         for note in encoded.notes:
             bench.say(f"  sft: {note}")
