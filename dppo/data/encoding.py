@@ -303,33 +303,44 @@ class ChatEncoder:
             start = max((chat.prompt.rfind(token) for token in self._prompt_control), default=-1)
             for answer in chat.answers:
                 leads.append((chat.prompt[max(start, 0) :], chat.mark))
-                texts.append((answer, chat.mark))
+                texts.append(answer)
         unique = dict.fromkeys(leads)
         lead_ids = dict(zip(unique, self._tokenize_marked(list(unique)), strict=True))
-        joint = self._tokenize_marked(
-            [(lead + text, mark) for (lead, mark), (text, _) in zip(leads, texts, strict=True)]
-        )
+        joint = self._tokenize_marked([(lead + text, mark) for (lead, mark), text in zip(leads, texts, strict=True)])
         found = []
         for lead, text, ids in zip(leads, texts, joint, strict=True):
             n_lead = len(lead_ids[lead])
-            # A token across the boundary could not follow the prompt's own ids.
-            found.append(ids[n_lead:] if ids[:n_lead] == lead_ids[lead] else self._tokenize_alone(*text))
+            if ids[:n_lead] == lead_ids[lead]:
+                found.append(ids[n_lead:])
+            else:  # a token spans the boundary, which could not follow the prompt's own ids
+                found.append(self._tokenize_behind([text] if lead[1] is None else text.split(lead[1])))
         return found
 
     def _tokenize_marked(self, texts: Sequence[tuple[str, str | None]]) -> list[tuple[int, ...]]:
         """The ids of texts, each with the mark that hides control tokens in it, or None."""
         plain = iter(self._tokenize([text for text, mark in texts if mark is None]))
-        return [next(plain) if mark is None else self._tokenize_pieces(text.split(mark)) for text, mark in texts]
+        found = []
+        for text, mark in texts:
+            if mark is None:
+                found.append(next(plain))
+            else:
+                first, *others = text.split(mark)
+                found.append(self._tokenize([first])[0] + self._tokenize_behind(others))
+        return found
 
-    def _tokenize_alone(self, text: str, mark: str | None) -> tuple[int, ...]:
-        """The ids of a text that follows another one, without tokens that span both."""
-        pieces = [text] if mark is None else text.split(mark)
-        return self._tokenize_pieces([self._end + pieces[0], *pieces[1:]])[1:]
+    def _tokenize_behind(self, pieces: Sequence[str]) -> tuple[int, ...]:
+        """The ids of pieces of a text that another text precedes, without tokens that span two of them.
 
-    def _tokenize_pieces(self, pieces: Sequence[str]) -> tuple[int, ...]:
-        """The ids of consecutive pieces. A control token before all but the first keeps off a word-start mark."""
-        first, *others = self._tokenize([pieces[0], *(self._end + piece for piece in pieces[1:])])
-        return sum((ids[1:] for ids in others), first)
+        Some tokenizers put a space before the first word of a text and behind control tokens, so each piece is
+        tokenised behind a line break, or a control token where its beginning would merge with the line break.
+        """
+        found: tuple[int, ...] = ()
+        for piece in pieces:
+            lead, joint = self._tokenize(["\n", f"\n{piece}"])
+            if joint[: len(lead)] != lead:
+                lead, joint = self._tokenize([self._end, self._end + piece])
+            found += joint[len(lead) :]
+        return found
 
     def _tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[tuple[int, ...]]:
         shared = self._ids.__getitem__

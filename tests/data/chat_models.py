@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import decoders as decoding
 from transformers import PreTrainedTokenizerFast
 
@@ -103,16 +103,18 @@ def gemma() -> PreTrainedTokenizerFast:
 
 
 def zephyr(template: str | None = ZEPHYR) -> PreTrainedTokenizerFast:
-    """As Zephyr on Mistral: words carry the space before them, and only the tokenizer writes BOS."""
+    """As Zephyr on Mistral: words carry the space before them, one is put before the first word of a text and of what
+    follows a control token, and only the tokenizer writes BOS.
+    """
     words = sorted({word for text in TEXT for word in text.replace(",", " ").replace(".", " ").split()})
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -9.0)]
     pieces += [(f"<0x{byte:02X}>", -100.0) for byte in range(256)]
     pieces += [(chr(code), -10.0) for code in range(0x21, 0x7F)]
     pieces += [(mark + word, -1.0) for word in words for mark in ("", "▁") if len(mark + word) > 1]
     tokenizer = Tokenizer(models.Unigram(list(dict(pieces).items()), unk_id=0, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoding.Sequence(
-        [decoding.ByteFallback(), decoding.Metaspace(prepend_scheme="first", split=False), decoding.Fuse()]
+        [decoding.Replace("▁", " "), decoding.ByteFallback(), decoding.Fuse(), decoding.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>")])
     tokenizer.post_processor = processors.TemplateProcessing(
