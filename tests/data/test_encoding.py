@@ -100,6 +100,16 @@ def test_the_first_word_of_an_answer_is_tokenised_in_its_place() -> None:
     assert text_of(tokenizer, encoder.prompt_ids(USER)).endswith("<|assistant|>\n")
 
 
+def test_an_answer_right_behind_a_control_token_is_tokenised_as_in_the_whole_chat() -> None:
+    # This family puts a space behind control tokens, so that is what the model has learnt to write there.
+    tokenizer = zephyr("{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}")
+    encoder = ChatEncoder(tokenizer)
+    prompt, response = encoder.prompt_ids(USER), encoder.response_ids(USER, "hello world")
+    assert pieces_of(tokenizer, response) == ["▁hello", "▁world", "</s>"]
+    whole = rendered(tokenizer, *USER, Message("assistant", "hello world"))
+    assert list(prompt + response) == tokenizer(whole)["input_ids"]
+
+
 def test_no_token_spans_prompt_and_response() -> None:
     tokenizer = chatml()
     encoder = ChatEncoder(tokenizer)
