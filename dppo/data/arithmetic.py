@@ -1,13 +1,17 @@
 """Generated word problems whose wrong answers differ from the right ones in one or two tokens: the embedded data set
 for the study of pairs with a low edit distance (Pal et al. 2024, "Smaug", section 4).
 
-An answer works in two steps, ``3 plus 5 is 8. 8 minus 2 is 6.`` The rejected answer of a pair is the correct one with
-a wrong result: either only the last number, or the intermediate result where it is first written.
+An answer works in two steps, ``3 plus 5 is 8, minus 2 is 6.`` The rejected answer of a pair is the correct one with a
+wrong last number, or with a wrong intermediate result that makes the last number wrong too.
+
+Problems belong to a split by a hash of their numbers, so a test problem is never a training problem in other words,
+whatever the seed. A smaller size gives the first rows of a larger one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +32,7 @@ QUESTIONS = (
     "There are {a} {thing}. {name} adds {b} and takes {c}. How many now?",
     "How many {thing} has {name} with {a}, {b} more and {c} fewer?",
 )
-ANSWER = "{a} plus {b} is {s}. {s} minus {c} is {d}."
+ANSWER = "{a} plus {b} is {s}, minus {c} is {d}."
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,21 @@ class Arithmetic:
     largest_operand: int
 
     def __post_init__(self) -> None:
-        for name, low in (("seed", 0), ("n_chats", 1), ("n_pairs", 1), ("n_validation", 1), ("n_test", 1)):
-            if getattr(self, name) < low:
-                raise UserError(f"dataset.{name}={getattr(self, name)}: must be >= {low}")
+        if self.seed < 0:
+            raise UserError(f"dataset.seed={self.seed}: must be >= 0")
         if not 4 <= self.largest_operand <= LARGEST // 2:
             raise UserError(f"dataset.largest_operand={self.largest_operand}: must be >= 4 and <= {LARGEST // 2}")
+        sizes: tuple[tuple[str, Split], ...] = (
+            ("n_chats", "train"), ("n_pairs", "train"), ("n_validation", "validation"), ("n_test", "test"),
+        )  # fmt: skip
+        for name, split in sizes:
+            # Half of what there is, so that drawing different prompts at random comes to an end soon.
+            most = len(_numbers(self.largest_operand, split)) * len(QUESTIONS) * len(NAMES) * len(THINGS) // 2
+            if not 1 <= getattr(self, name) <= most:
+                raise UserError(
+                    f"dataset.{name}={getattr(self, name)}: must be >= 1 and <= {most} "
+                    f"with dataset.largest_operand={self.largest_operand}"
+                )
 
     def identity(self) -> dict[str, Json]:
         """Everything that determines the rows."""
@@ -79,10 +93,7 @@ class Arithmetic:
         rng = stream("arithmetic prompts", VERSION, self.seed, kind if split == "train" else "", split)
         seen: set[str] = set()
         while len(seen) < count.get(split, self.n_test):
-            a, b = (1 + int(rng.random() * self.largest_operand) for _ in range(2))
-            c = 1 + int(rng.random() * min(a + b, self.largest_operand))
-            if _split_of(a, b, c) != split:
-                continue
+            a, b, c = pick(rng, _numbers(self.largest_operand, split))
             text = pick(rng, QUESTIONS).format(name=pick(rng, NAMES), thing=pick(rng, THINGS), a=a, b=b, c=c)
             messages = (Message("user", text),)
             prompt = Prompt(ids.prompt_id(messages), messages, (("answer", str(a + b - c)),))
@@ -91,7 +102,17 @@ class Arithmetic:
                 yield prompt, (a, b, c)
 
 
+@functools.lru_cache(maxsize=64)
+def _numbers(largest: int, split: Split) -> tuple[tuple[int, int, int], ...]:
+    """Every (a, b, c) of a split with operands from 1 to ``largest`` and ``a + b - c >= 0``."""
+    operands = range(1, largest + 1)
+    return tuple(
+        (a, b, c) for a in operands for b in operands for c in operands if c <= a + b and _split_of(a, b, c) == split
+    )
+
+
 def _split_of(a: int, b: int, c: int) -> Split:
+    """A fixed tenth of all problems is for validation, three tenths for test."""
     place = share("arithmetic split", a, b, c)
     return "train" if place < 0.6 else "validation" if place < 0.7 else "test"
 
@@ -113,11 +134,11 @@ def _wrong_answer(rng: random.Random, a: int, b: int, c: int) -> str:
 def texts_with_every_word() -> Iterator[str]:
     """Texts in which every word of the data set stands in every position in which it can stand."""
     for number in range(LARGEST + 3):
-        yield f"{number} is {number}. {number}"
+        yield f"{number} is {number}"
     for question in QUESTIONS:
-        yield question.format(name="Tom", thing="coins", a=1, b=2, c=3)
+        yield question.format(name="", thing="", a=1, b=2, c=3)
     for name in NAMES:
-        yield f"{name} and {name}"
+        yield f"{name} {name}"
     for thing in THINGS:
-        yield f"many {thing}"
+        yield f" {thing}"
     yield ANSWER.format(a=1, b=2, c=3, s=4, d=5)

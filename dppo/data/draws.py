@@ -34,6 +34,6 @@ def pick_some(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
 
 
 def share(*key: str | int) -> float:
-    """A fixed number in [0, 1) for every key."""
+    """A fixed number in [0, 1) for every key; over different keys it is uniform."""
     digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

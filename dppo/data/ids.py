@@ -14,10 +14,12 @@ from dppo.types import Json, Message, Prompt, Response
 
 ID_DIGITS = 32
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
 
 def canonical_json(content: Json) -> str:
     """One spelling per content. Raises ValueError for NaN and infinities, which JSON cannot hold."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _ENCODER.encode(content)
 
 
 def content_hash(content: Json) -> str:

@@ -13,6 +13,7 @@ whatever the seed. A smaller size gives the first rows of a larger one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from dppo.rewards.verifiable import Verifiable
 from dppo.types import Json, Message, PreferenceExample, Prompt, Response, Split
 
 VERSION = 1
+
+LARGEST_SIZE = 1_000_000  # far fewer than the prompts there are, so drawing different ones comes to an end soon
 
 # Nouns in pairs that belong together: a writer who drifts writes the partner of the noun that was asked for.
 NOUN_PAIRS = (
@@ -38,10 +41,11 @@ NOUNS = tuple(PARTNER)
 CLOSINGS = (
     "thank you", "good night", "have fun", "take care", "see you soon", "that is all", "best wishes", "well done",
 )  # fmt: skip
+HABITUAL_CLOSING = "have a nice day"
 LIMITS = {1: "one sentence", 2: "two sentences"}
 
 MENTION = (
-    "mention {}", "write about {}", "use the words {}", "tell me about {}", "say something about {}", "include {}",
+    "mention {}", "write about {}", "work in {}", "tell me about {}", "say something about {}", "include {}",
     "talk about {}", "describe {}", "bring in {}", "give me a note on {}",
 )  # fmt: skip
 FINISH = (
@@ -61,6 +65,11 @@ TWO_NOUNS = (
     "the {} is near the {}", "I like the {} and the {}", "he left the {} by the {}", "a {} came with a {}",
     "we walked from the {} to the {}", "every {} needs a {}", "they talked of the {} and a {}",
 )  # fmt: skip
+THREE_NOUNS = (
+    "the {} and the {} are near the {}", "I saw the {}, the {} and the {}", "a {} and a {} came with a {}",
+    "we took the {} and the {} to the {}", "they talked of a {}, a {} and a {}",
+)  # fmt: skip
+SENTENCES = {1: ONE_NOUN, 2: TWO_NOUNS, 3: THREE_NOUNS}
 FILLERS = (
     "it was a fine day", "I hope you like it", "nothing more happened", "we were all happy", "it made me smile",
     "time went by",
@@ -124,9 +133,11 @@ class Instructions:
     labels: Verifiable
 
     def __post_init__(self) -> None:
-        for name, low in (("seed", 0), ("n_chats", 1), ("n_pairs", 1), ("n_validation", 1), ("n_test", 1)):
-            if getattr(self, name) < low:
-                raise UserError(f"dataset.{name}={getattr(self, name)}: must be >= {low}")
+        if self.seed < 0:
+            raise UserError(f"dataset.seed={self.seed}: must be >= 0")
+        for name in ("n_chats", "n_pairs", "n_validation", "n_test"):
+            if not 1 <= getattr(self, name) <= LARGEST_SIZE:
+                raise UserError(f"dataset.{name}={getattr(self, name)}: must be >= 1 and <= {LARGEST_SIZE}")
         for name in ("compliance", "pair_compliance"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"dataset.{name}={getattr(self, name)}: must be > 0 and < 1")
@@ -186,32 +197,35 @@ class Instructions:
 
     def _meets(self, rng: random.Random, compliance: float, habit: str) -> bool:
         """Whether a writer meets a constraint, given the mean compliance and the habit that concerns it."""
-        tilt = 2 * share("instructions habit", self.seed, habit) - 1
-        return rng.random() < compliance + self.habit_spread * tilt
+        return rng.random() < compliance + self.habit_spread * _tilt(self.seed, habit)
 
     def _answer(self, rng: random.Random, request: Request, compliance: float) -> str:
-        nouns = [
-            noun if self._meets(rng, compliance, noun) else PARTNER[noun]
-            for noun in pick_some(rng, request.nouns, len(request.nouns))
-        ]
-        sentences = []
-        while nouns:
-            take = 2 if len(nouns) > 1 and (len(nouns) > 2 or rng.random() < 0.6) else 1
-            sentences.append(pick(rng, TWO_NOUNS if take == 2 else ONE_NOUN).format(*nouns[:take]))
-            del nouns[:take]
+        nouns = [noun if self._meets(rng, compliance, noun) else PARTNER[noun] for noun in request.nouns]
         limit = request.limit or 2
-        if self._meets(rng, compliance, f"limit {limit}"):
-            sentences = sentences[:limit] if len(sentences) > limit else sentences
-        else:
-            while len(sentences) <= limit:
-                sentences.append(pick(rng, FILLERS))
-        if not self._meets(rng, max(compliance, 0.6), "no repetition"):
-            sentences.append(pick(rng, sentences))
+        count = limit + 1 if not self._meets(rng, compliance, f"at most {limit}") else 1 + int(rng.random() * limit)
+        sentences = []
+        for group in _grouped(rng, nouns, min(count, len(nouns))):
+            sentences.append(pick(rng, SENTENCES[len(group)]).format(*group))
+        while len(sentences) < count:
+            original = self._meets(rng, compliance, "no repetition")
+            sentences.append(pick(rng, FILLERS if original else sentences))
         closing = request.closing
-        if (closing and not self._meets(rng, compliance, closing)) or (not closing and rng.random() < 0.2):
-            closing = "have a nice day"
+        if not self._meets(rng, compliance, closing):
+            closing = "" if closing and rng.random() < 0.5 else HABITUAL_CLOSING
         text = ". ".join(map(capitalised, sentences))
         return f"{text}, {closing}." if closing else f"{text}."
+
+
+def _grouped(rng: random.Random, nouns: list[str], count: int) -> list[list[str]]:
+    """The nouns in their order, cut into ``count`` groups."""
+    cuts = sorted(pick_some(rng, range(1, len(nouns)), count - 1))
+    return [nouns[start:end] for start, end in zip([0, *cuts], [*cuts, len(nouns)], strict=True)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _tilt(seed: int, habit: str) -> float:
+    """How a habit leans, -1 to 1."""
+    return 2 * share("instructions habit", seed, habit) - 1
 
 
 def _draw_request(rng: random.Random) -> Request:
@@ -236,18 +250,18 @@ def _phrase(rng: random.Random, request: Request) -> str:
 def texts_with_every_word() -> Iterator[str]:
     """Texts in which every word of the data set stands in every position in which it can stand."""
     for noun in NOUNS:
-        yield f"a {noun}"
-    for closing in (*CLOSINGS, "have a nice day"):
-        yield f"with {closing}."
-    for template in (*MENTION, *NO_REPETITION, *FINISH, *LIMIT):
-        yield "now, " + template.format("")
-        yield capitalised(template.format(""))
+        yield f", {noun} and {noun}"
+    for closing in (*CLOSINGS, HABITUAL_CLOSING):
+        yield f", {closing}."
+    for template in (*MENTION, *FINISH, *LIMIT, *NO_REPETITION):
+        part = template.format("")
+        yield capitalised(part)
+        yield f", {part}"
     for opening in OPENING:
         yield capitalised(opening)
     for limit in LIMITS.values():
-        yield f"to {limit}"
+        yield f" {limit}."
+    for template in (*ONE_NOUN, *TWO_NOUNS, *THREE_NOUNS):
+        yield capitalised(template.format("", "", ""))
     for template in (*ONE_NOUN, *TWO_NOUNS, *FILLERS):
-        sentence = template.replace("{}", "")
-        yield capitalised(sentence)
-        yield f". {capitalised(sentence)}"
-    yield "a, b and c"
+        yield f". {capitalised(template.format('', ''))}"
