@@ -5,13 +5,16 @@ the places that predict response tokens only, in chunks, with log-softmax in fp3
 
 Two layouts with the same numbers. ``packed``: the batch's flat row as it is; every example's prompt is computed once
 and all its responses attend to it and to themselves. ``padded``: every response behind its own copy of the prompt,
-one per row; slower, works with any causal LM, and is what the packed layout is tested against.
+one per row; slower, works with any causal LM, and is what the packed layout is tested against. A scorer checks on a
+small batch that its way of computing gives the model's own numbers, and takes a slower way where it does not.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -19,61 +22,94 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dppo.types import Batch, ResponseLogps
+from dppo.batches import collate
+from dppo.types import Batch, EncodedExample, EncodedResponse, ResponseLogps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger("dppo")
+
 SHARED_PROMPT = "dppo_shared_prompt"
 # Logits of one head chunk take tokens * vocabulary * 4 bytes; 2^24 of them are 64 MiB in fp32.
 _LOGITS_PER_CHUNK = 1 << 24
-
-
 # Up to this length all examples of a row share one attention call, padded to the longest: one call for many short
 # examples beats many small calls. Beyond it the padding costs more than the calls, and each response has its own.
 _SHORT_EXAMPLE = 192
+
+
+# What models pass to an attention function beside its tensors that does not change its result. Anything else is
+# refused, so that a model with another kind of attention is noticed and not computed wrongly.
+_HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"})
 
 
 @dataclass(frozen=True)
 class SharedPromptLayout:
     """Where the examples of a flat row begin, for the attention function.
 
-    ``examples`` has for each example (prompt start, prompt length, ((response start, length), ...)). For short
-    examples ``place`` (M, L) holds their tokens' places in the row, L being the longest example; ``mask``
-    (M, 1, L, L) says who sees whom; ``back`` (T,) finds each token of the row in the flattened (M * L) grid.
+    ``examples`` has for each example (prompt start, prompt length, ((response start, length), ...)). ``grid`` is set
+    where all examples are short enough to share one attention call.
     """
 
     examples: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
-    place: Tensor | None
-    mask: Tensor | None
-    back: Tensor | None
+    grid: Grid | None
 
     @staticmethod
     def of(batch: Batch) -> SharedPromptLayout:
         responses: list[list[tuple[int, int]]] = [[] for _ in range(batch.n_examples)]
         spans = zip(batch.example.tolist(), batch.response_start.tolist(), batch.lengths.tolist(), strict=True)
-        for owner, start, length in spans:
-            responses[owner].append((start, length))
+        for owner, start, n_tokens in spans:
+            responses[owner].append((start, n_tokens))
         prompts = zip(batch.prompt_start.tolist(), batch.prompt_length.tolist(), responses, strict=True)
-        examples = tuple((start, length, tuple(spans)) for start, length, spans in prompts)
-        sizes = [length + sum(n_tokens for _, n_tokens in spans) for _, length, spans in examples]
+        examples = tuple((start, n_prompt, tuple(own)) for start, n_prompt, own in prompts)
+        sizes = [n_prompt + sum(n_tokens for _, n_tokens in own) for _, n_prompt, own in examples]
         longest = max(sizes)
         if longest > _SHORT_EXAMPLE:
-            return SharedPromptLayout(examples, None, None, None)
+            return SharedPromptLayout(examples, None)
         device = batch.token_ids.device
         size = torch.tensor(sizes, device=device)
         column = torch.arange(longest, device=device)
         inside = column < size[:, None]
         place = (batch.prompt_start[:, None] + column).masked_fill(~inside, 0)
-        back = torch.nonzero(inside.flatten()).squeeze(1)
         # Segment 0 is the prompt, 1, 2, ... its responses; padding keeps 0 and is never read.
         segment = torch.zeros(len(examples), longest, dtype=torch.int64, device=device)
-        for row, (start, _, spans) in enumerate(examples):
-            for number, (begin, n_tokens) in enumerate(spans, start=1):
+        for row, (start, _, own) in enumerate(examples):
+            for number, (begin, n_tokens) in enumerate(own, start=1):
                 segment[row, begin - start : begin - start + n_tokens] = number
         visible = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])
-        mask = visible & (column[None, :] <= column[:, None])
-        return SharedPromptLayout(examples, place, mask[:, None], back)
+        return SharedPromptLayout(
+            examples,
+            Grid(
+                place=place,
+                back=torch.nonzero(inside.flatten()).squeeze(1),
+                position=batch.positions[place],
+                visible=visible & (column[None, :] <= column[:, None]),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A flat row's M examples as rows of L columns, L being the longest example.
+
+    ``place`` (M, L) holds their tokens' places in the flat row, ``position`` (M, L) their position ids, ``visible``
+    (M, L, L) says who sees whom; ``back`` (T,) finds each token of the flat row in the flattened (M * L) grid.
+    """
+
+    place: Tensor
+    back: Tensor
+    position: Tensor
+    visible: Tensor
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by sliding window, made on first use
+
+    def mask(self, window: int | None) -> Tensor:
+        """(M, 1, L, L) who sees whom when a token sees the last ``window`` positions only, its own included."""
+        if window not in self.masks:
+            visible = self.visible
+            if window is not None:
+                visible = visible & (self.position[:, :, None] - self.position[:, None, :] < window)
+            self.masks[window] = visible[:, None]
+        return self.masks[window]
 
 
 def shared_prompt_attention(
@@ -84,81 +120,97 @@ def shared_prompt_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     dppo_layout: SharedPromptLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a flat row, example by example; without a layout it is transformers' SDPA.
 
     query (1, heads, T, head_dim); key and value (1, key-value heads, T, head_dim); returns (1, T, heads, head_dim).
-    The prompt attends to itself causally; each response to the prompt and, causally, to itself.
+    The prompt attends to itself causally; each response to the prompt and, causally, to itself; a layer with a
+    ``sliding_window`` to so many positions back. Raises TypeError if the model asks for anything else, for instance
+    capped attention scores or a bias.
     """
+    asked = [name for name, option in kwargs.items() if name not in _HARMLESS and option is not None]
+    if asked:
+        raise TypeError(f"the packed layout does not know attention with {', '.join(asked)}")
     if dppo_layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
         return output, None
-    if dppo_layout.place is not None:
-        return _attend_together(query, key, value, dppo_layout, scaling, dropout), None
-    return _attend_apart(query, key, value, dppo_layout, scaling, dropout), None
+    if attention_mask is None or attention_mask.shape != (1, 1, 1, 1):
+        raise TypeError("the packed layout does not know attention with a mask of the model's own")
+    if dppo_layout.grid is not None:
+        return _attend_together(query, key, value, dppo_layout.grid, sliding_window, scaling, dropout), None
+    return _attend_apart(query, key, value, dppo_layout, sliding_window, scaling, dropout), None
 
 
 def _attend_together(
-    query: Tensor, key: Tensor, value: Tensor, layout: SharedPromptLayout, scaling: float | None, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, grid: Grid, window: int | None, scaling: float | None, dropout: float
 ) -> Tensor:
     """All examples in one call, padded to the longest."""
-    assert layout.place is not None and layout.back is not None
 
-    def grid(rows: Tensor) -> Tensor:
+    def rows(flat: Tensor) -> Tensor:
         # (1, heads, T, head_dim) -> (M, heads, L, head_dim)
-        return rows[0].transpose(0, 1)[layout.place].transpose(1, 2)
+        return flat[0].transpose(0, 1)[grid.place].transpose(1, 2)
 
     output = F.scaled_dot_product_attention(
-        grid(query),
-        grid(key),
-        grid(value),
-        attn_mask=layout.mask,
+        rows(query),
+        rows(key),
+        rows(value),
+        attn_mask=grid.mask(window),
         scale=scaling,
         dropout_p=dropout,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output.transpose(1, 2).flatten(0, 1)[layout.back][None]
+    return output.transpose(1, 2).flatten(0, 1)[grid.back][None]
 
 
 def _attend_apart(
-    query: Tensor, key: Tensor, value: Tensor, layout: SharedPromptLayout, scaling: float | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SharedPromptLayout,
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
 ) -> Tensor:
     """One call for every prompt and every response: no padding at any length."""
     grouped = query.shape[1] != key.shape[1]
+
+    def attend(own: slice, keys: Tensor, values: Tensor) -> Tensor:
+        # The queries are the last of the keys: token i of n sees all before them and its own up to i.
+        n_queries, n_keys = own.stop - own.start, keys.shape[2]
+        local = window is not None and window < n_keys
+        mask = None
+        if local or 1 < n_queries < n_keys:
+            mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=keys.device).tril(n_keys - n_queries)
+            if window is not None and local:
+                mask = mask.triu(n_keys - n_queries - window + 1)
+        return F.scaled_dot_product_attention(
+            query[:, :, own],
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None and n_queries > 1,
+            scale=scaling,
+            dropout_p=dropout,
+            enable_gqa=grouped,
+        )
+
     parts: list[Tensor] = []
     for start, length, responses in layout.examples:
         prompt = slice(start, start + length)
         prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
-        parts.append(
-            F.scaled_dot_product_attention(
-                query[:, :, prompt],
-                prompt_key,
-                prompt_value,
-                is_causal=length > 1,
-                scale=scaling,
-                dropout_p=dropout,
-                enable_gqa=grouped,
-            )
-        )
+        parts.append(attend(prompt, prompt_key, prompt_value))
         for begin, n_tokens in responses:
             own = slice(begin, begin + n_tokens)
-            # Lower-right causal: token i of the response sees the whole prompt and its own tokens up to i.
-            mask = torch.ones(n_tokens, length + n_tokens, dtype=torch.bool, device=query.device).tril(length)
             parts.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, own],
+                attend(
+                    own,
                     torch.cat([prompt_key, key[:, :, own]], dim=2),
                     torch.cat([prompt_value, value[:, :, own]], dim=2),
-                    attn_mask=mask,
-                    scale=scaling,
-                    dropout_p=dropout,
-                    enable_gqa=grouped,
                 )
             )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
@@ -173,16 +225,31 @@ def register_shared_prompt_attention() -> None:
     AttentionMaskInterface.register(SHARED_PROMPT, sdpa_mask)
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """The model's inputs, and the row and place (N,) at which each response token is predicted."""
+
+    model: dict[str, Any]
+    row: Tensor
+    place: Tensor
+
+
 class ResponseScorer(nn.Module):
-    """A causal LM that returns the log-prob of every response token of a ``Batch``."""
+    """A causal LM that returns the log-prob of every response token of a ``Batch``.
+
+    ``packing`` is the layout in use: ``padded`` also where ``packed`` was asked for and the model cannot take it.
+    ``own_logits`` says that the model's logits are more than its head applied to its final states (it scales them,
+    for instance), so that they come from its own forward pass, all of a batch at once.
+    """
 
     def __init__(self, model: PreTrainedModel, packing: Literal["packed", "padded"]) -> None:
         super().__init__()
         self.model = model
-        self.packing = packing
-        if packing == "packed":
-            register_shared_prompt_attention()
-            self._base.set_attn_implementation(SHARED_PROMPT)
+        self.packing: Literal["packed", "padded"] = packing
+        self.own_logits = False
+        register_shared_prompt_attention()
+        self._own_attention = self._base.config._attn_implementation
+        self._choose_way(packing)
 
     @property
     def _base(self) -> PreTrainedModel:
@@ -206,60 +273,56 @@ class ResponseScorer(nn.Module):
 
     def forward(self, batch: Batch) -> ResponseLogps:
         """Token log-probs (N,) in fp32 for a batch on the model's device."""
+        inputs = self._inputs(batch)
+        if self.own_logits:
+            tokens = _pick(self._own_logits(inputs), batch.targets)
+        else:
+            tokens = self._log_probs(self._hidden(inputs), batch.targets)
         return ResponseLogps(
-            tokens=self._log_probs(self.hidden(batch), batch.targets),
+            tokens=tokens,
             lengths=batch.lengths,
             example=batch.example,
             roles=batch.roles,
             n_examples=batch.n_examples,
         )
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Batch) -> Iterator[Tensor]:
+        """fp32 logits at the places that predict the response tokens, a chunk (places, vocabulary) at a time."""
+        yield from self._logits(self._inputs(batch))
+
+    def _logits(self, inputs: _Inputs) -> Iterator[Tensor]:
+        if self.own_logits:
+            yield self._own_logits(inputs)
+            return
+        for part in self._hidden(inputs).split(_places_per_chunk(self.head)):
+            yield _head_logits(part, self.head, self.logit_cap)
+
+    def _inputs(self, batch: Batch) -> _Inputs:
+        if self.packing == "padded":
+            return _padded(batch)
+        inputs = {
+            "input_ids": batch.token_ids[None],
+            "position_ids": batch.positions[None],
+            # A 4-D mask is handed through as it is: it spares building a (T, T) mask that the layout makes needless.
+            "attention_mask": torch.zeros(1, 1, 1, 1, device=batch.token_ids.device),
+            "dppo_layout": SharedPromptLayout.of(batch),
+        }
+        return _Inputs(inputs, torch.zeros_like(batch.predict_from), batch.predict_from)
+
+    def _hidden(self, inputs: _Inputs) -> Tensor:
         """(N, hidden) final states at the places that predict the response tokens."""
-        return self._packed(batch) if self.packing == "packed" else self._padded(batch)
+        hidden: Tensor = self._base.base_model(**inputs.model, use_cache=False).last_hidden_state
+        return hidden[inputs.row, inputs.place]
 
-    def _body(self, **inputs: Any) -> Tensor:
-        hidden: Tensor = self._base.base_model(**inputs, use_cache=False).last_hidden_state
-        return hidden
-
-    def _packed(self, batch: Batch) -> Tensor:
-        """(N, hidden) states that predict the response tokens, every prompt computed once."""
-        # A 4-D mask is handed through as it is: it spares building a (T, T) mask that the layout makes needless.
-        unused_mask = torch.zeros(1, 1, 1, 1, device=batch.token_ids.device)
-        hidden = self._body(
-            input_ids=batch.token_ids[None],
-            position_ids=batch.positions[None],
-            attention_mask=unused_mask,
-            dppo_layout=SharedPromptLayout.of(batch),
-        )
-        return hidden[0, batch.predict_from]
-
-    def _padded(self, batch: Batch) -> Tensor:
-        """(N, hidden) states that predict the response tokens, one row per response, padded on the right."""
-        rows = []
-        for owner, start, length in zip(
-            batch.example.tolist(), batch.response_start.tolist(), batch.lengths.tolist(), strict=True
-        ):
-            begin, n_prompt = int(batch.prompt_start[owner]), int(batch.prompt_length[owner])
-            rows.append((batch.token_ids[begin : begin + n_prompt], batch.token_ids[start : start + length]))
-        width = max(len(prompt) + len(response) for prompt, response in rows)
-        token_ids = batch.token_ids.new_zeros(len(rows), width)
-        mask = batch.token_ids.new_zeros(len(rows), width)
-        take_row: list[int] = []
-        take_place: list[int] = []
-        for row, (prompt, response) in enumerate(rows):
-            n_tokens = len(prompt) + len(response)
-            token_ids[row, :n_tokens] = torch.cat([prompt, response])
-            mask[row, :n_tokens] = 1
-            take_row += [row] * len(response)
-            take_place += range(len(prompt) - 1, n_tokens - 1)
-        hidden = self._body(input_ids=token_ids, attention_mask=mask)
-        return hidden[take_row, take_place]
+    def _own_logits(self, inputs: _Inputs) -> Tensor:
+        """(N, vocabulary) fp32 logits of the model's own forward pass at the same places."""
+        logits: Tensor = cast("Any", self._base)(**inputs.model, use_cache=False).logits
+        return _at_least_fp32(logits[inputs.row, inputs.place])
 
     def _log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """(N,) log-probs of ``targets`` (N,) from hidden states (N, hidden), never all logits at once."""
         head, cap = self.head, self.logit_cap
-        chunk = max(1, _LOGITS_PER_CHUNK // head.weight.shape[0])
+        chunk = _places_per_chunk(head)
         if hidden.shape[0] <= chunk:
             return _token_log_probs(hidden, targets, head, cap)
         # Recomputing a chunk's logits in the backward pass costs one more head forward and saves the (N, V) tensor.
@@ -269,24 +332,164 @@ class ResponseScorer(nn.Module):
         ]
         return torch.cat(parts)
 
+    # --- which way of computing ------------------------------------------------------------------------------------
 
-def _logits(hidden: Tensor, head: nn.Module, cap: float | None) -> Tensor:
-    """(n, vocabulary) logits in fp32, or fp64 for a model in fp64."""
-    logits: Tensor = head(hidden)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    def _choose_way(self, asked: Literal["packed", "padded"]) -> None:
+        """Take the fastest way of computing that gives the model's own log-probs on a small batch.
+
+        The model's own forward pass over padded rows is the truth: what stands on the right of a token changes
+        nothing in a causal model.
+        """
+        base = self._base
+        device = next(base.parameters()).device
+        batch = _small_batch(cast("nn.Embedding", base.get_input_embeddings()).num_embeddings).to(device)
+        ways: list[tuple[Literal["packed", "padded"], bool]] = [("padded", False), ("padded", True)]
+        unpackable: str | None = None
+        if asked == "packed" and base._supports_attention_backend:
+            ways = [("packed", False), ("packed", True), *ways]
+        elif asked == "packed":
+            unpackable = "its attention cannot be replaced"
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                self._use("padded", own_logits=True)
+                truth = torch.cat(list(self.logits(batch))).log_softmax(-1)
+                for packing, own_logits in ways:
+                    self._use(packing, own_logits=own_logits)
+                    fault = self._fault(batch, truth)
+                    if fault is None:
+                        break
+                    if packing == "packed":
+                        unpackable = fault
+        finally:
+            self.model.train(training)
+        said = []
+        if self.packing != asked:
+            said.append(f"{unpackable}, so every response is computed behind its own copy of the prompt")
+        if self.own_logits:
+            said.append(
+                "its logits are not its LM head's alone, so those of a micro-batch are all held in memory at once"
+            )
+        if said:
+            _warn_once(f"warning: {type(base).__name__}: {'; '.join(said)}")
+
+    def _use(self, packing: Literal["packed", "padded"], *, own_logits: bool) -> None:
+        self.packing, self.own_logits = packing, own_logits
+        if self._base._supports_attention_backend:
+            self._base.set_attn_implementation(SHARED_PROMPT if packing == "packed" else self._own_attention)
+
+    def _fault(self, batch: Batch, truth: Tensor) -> str | None:
+        """What speaks against the way of computing in use, or None if nothing does.
+
+        ``truth`` (N, vocabulary) are the model's own log-probs at the places that predict the response tokens.
+        """
+        try:
+            inputs = self._inputs(batch)
+            found = torch.cat(list(self._logits(inputs))).log_softmax(-1)
+            if self.packing == "packed" and set(inputs.model["dppo_layout"].grid.masks) != self._windows(batch):
+                return "it has local attention that the packed layout does not know"
+        except Exception as error:  # whatever a model that cannot take this way runs into
+            return (str(error).splitlines() or [type(error).__name__])[0]
+        off = float((found - truth).abs().max() / truth.std(-1).mean())
+        return None if off < _tolerance(self._base) else f"the {self.packing} layout gives other log-probs than its own"
+
+    def _windows(self, batch: Batch) -> set[int | None]:
+        """The sizes of local attention in the masks that the model makes for itself; None stands for full attention.
+
+        A small batch cannot show the effect of a window of thousands of tokens: what the attention function is told
+        must be what the masks say.
+        """
+        from transformers import AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        found: set[int | None] = set()
+
+        def noting(local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+            found.add(local_size)
+            return sdpa_mask(local_size=local_size, **kwargs)
+
+        AttentionMaskInterface.register(SHARED_PROMPT, noting)
+        try:
+            self._base.base_model(input_ids=batch.token_ids[None, :2], use_cache=False)
+        finally:
+            AttentionMaskInterface.register(SHARED_PROMPT, sdpa_mask)
+        return found
+
+
+def _padded(batch: Batch) -> _Inputs:
+    """One row per response behind its own copy of the prompt, padded on the right.
+
+    Neither a mask nor position ids: what stands on the right of a token changes nothing in a causal model.
+    """
+    rows: list[Tensor] = []
+    row: list[int] = []
+    place: list[int] = []
+    spans = zip(batch.example.tolist(), batch.response_start.tolist(), batch.lengths.tolist(), strict=True)
+    for owner, start, n_tokens in spans:
+        begin, n_prompt = int(batch.prompt_start[owner]), int(batch.prompt_length[owner])
+        row += [len(rows)] * n_tokens
+        place += range(n_prompt - 1, n_prompt + n_tokens - 1)
+        rows.append(torch.cat([batch.token_ids[begin : begin + n_prompt], batch.token_ids[start : start + n_tokens]]))
+    device = batch.token_ids.device
+    return _Inputs(
+        {"input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True)},
+        torch.tensor(row, device=device),
+        torch.tensor(place, device=device),
+    )
+
+
+def _small_batch(vocabulary: int) -> Batch:
+    """Two examples that use prompts of 2 and 1 tokens, and responses beside and behind each other."""
+    ids = [(1 + 7919 * number) % vocabulary for number in range(8)]
+
+    def response(*token_ids: int) -> EncodedResponse:
+        return EncodedResponse("", "ranked", token_ids)
+
+    return collate(
+        [
+            EncodedExample("", "", tuple(ids[:2]), (response(*ids[2:4]), response(ids[4]))),
+            EncodedExample("", "", (ids[5],), (response(*ids[6:]),)),
+        ]
+    )
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """How far two ways of computing may be apart by rounding, as a share of the log-probs' spread."""
+    whole = model.dtype in (torch.float32, torch.float64) and getattr(model, "hf_quantizer", None) is None
+    return 1e-3 if whole else 0.05
+
+
+@cache
+def _warn_once(line: str) -> None:
+    logger.warning("%s", line)
+
+
+def _places_per_chunk(head: nn.Linear) -> int:
+    return max(1, _LOGITS_PER_CHUNK // head.weight.shape[0])
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    """Logits in fp32, or fp64 of a model in fp64."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _head_logits(hidden: Tensor, head: nn.Module, cap: float | None) -> Tensor:
+    """(n, vocabulary) logits from hidden states (n, hidden)."""
+    logits = _at_least_fp32(head(hidden))
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, cap: float | None) -> Tensor:
-    logits = _logits(hidden, head, cap)
-    picked = logits.gather(-1, targets[:, None]).squeeze(-1)
-    return picked - torch.logsumexp(logits, dim=-1)
+    return _pick(_head_logits(hidden, head, cap), targets)
+
+
+def _pick(logits: Tensor, targets: Tensor) -> Tensor:
+    """(n,) log-probs of ``targets`` (n,) from logits (n, vocabulary)."""
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
 
 
 def response_log_softmax(scorer: ResponseScorer, batch: Batch) -> Iterator[Tensor]:
     """fp32 log-probs of the whole vocabulary at every response position, a chunk (positions, vocabulary) at a time."""
-    hidden = scorer.hidden(batch)
-    head = scorer.head
-    for part in hidden.split(max(1, _LOGITS_PER_CHUNK // head.weight.shape[0])):
-        yield torch.log_softmax(_logits(part, head, scorer.logit_cap), dim=-1)
+    for logits in scorer.logits(batch):
+        yield torch.log_softmax(logits, dim=-1)
