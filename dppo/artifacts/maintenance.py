@@ -126,8 +126,9 @@ def runs(layout: Layout, outputs: Sequence[Path]) -> list[Run]:
 
 def _parents(path: Path) -> frozenset[str]:
     try:
-        found = frozenset(item["fingerprint"] for item in json.loads(path.read_bytes()))
-        if not all(FINGERPRINT.fullmatch(item) for item in found):
+        items = json.loads(path.read_bytes())
+        found = frozenset(item["fingerprint"] for item in items)
+        if not isinstance(items, list) or not all(FINGERPRINT.fullmatch(item) for item in found):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'{path}: must be a list of {{"stage", "fingerprint"}}; mend or delete it') from None
