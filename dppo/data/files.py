@@ -7,17 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dppo.data import ids
-from dppo.data.rows import (
-    ChatColumns,
-    PairColumns,
-    check_share,
-    collect,
-    cut,
-    demonstration,
-    pair,
-    unique_prompts,
-)
-from dppo.data.tables import read_rows
+from dppo.data.rows import ChatColumns, PairColumns, check_share, cut, read_examples, unique_prompts
 from dppo.digests import content_digest
 from dppo.errors import UserError
 from dppo.types import Json, PreferenceExample, Prompt, Split
@@ -79,31 +69,29 @@ class PairsFile:
                 identifier = ids.example_id(example.prompt, responses)
                 chosen[identifier] = PreferenceExample(identifier, example.prompt, responses)
             return list(chosen.values())
-        rows = read_rows([Path(self.sft_path).expanduser()], CHAT.needed, CHAT.optional)
-        chats = collect(
-            rows, lambda row: demonstration(row, CHAT, self.single_turn), self.sft_path, self._test_prompts()
-        )
+        chats = self._read(self.sft_path, CHAT, leave_out=self._test_prompts())
         return cut(chats, split, self.validation_share, self.test_share, self.seed)
 
     def pairs(self, split: Split) -> list[PreferenceExample]:
         """Preference pairs. Raises UserError for missing or unusable files."""
         if self.test_path is None:
-            return cut(self._read(self.path), split, self.validation_share, self.test_share, self.seed)
+            return cut(self._read(self.path, self.columns), split, self.validation_share, self.test_share, self.seed)
         if split == "test":
-            return self._read(self.test_path)
-        rest = self._read(self.path, leave_out=self._test_prompts())
+            return list(self._read(self.test_path, self.columns))
+        rest = self._read(self.path, self.columns, leave_out=self._test_prompts())
         return cut(rest, split, self.validation_share, 0.0, self.seed)
 
     def prompts(self, split: Split) -> list[Prompt]:
         """The prompts of ``pairs(split)``, each once."""
         return unique_prompts(self.pairs(split))
 
-    def _read(self, path: str, leave_out: frozenset[str] = frozenset()) -> list[PreferenceExample]:
-        rows = read_rows([Path(path).expanduser()], self.columns.needed, self.columns.optional)
-        return collect(rows, lambda row: pair(row, self.columns, self.single_turn), path, leave_out)
+    def _read(
+        self, path: str, columns: ChatColumns | PairColumns, leave_out: frozenset[str] = frozenset()
+    ) -> tuple[PreferenceExample, ...]:
+        return read_examples([Path(path).expanduser()], columns, self.single_turn, path, leave_out)
 
     def _test_prompts(self) -> frozenset[str]:
         """Ids of the prompts of the file of test pairs; those cut from ``path`` are cut from the chats likewise."""
         if self.test_path is None:
             return frozenset()
-        return frozenset(example.prompt.prompt_id for example in self._read(self.test_path))
+        return frozenset(example.prompt.prompt_id for example in self._read(self.test_path, self.columns))

@@ -5,15 +5,18 @@ A row that cannot be used is left out and counted by its reason; a data set of w
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from dppo.data import ids
 from dppo.data.draws import share
+from dppo.data.tables import read_rows
 from dppo.errors import UserError
 from dppo.types import Message, PreferenceExample, Prompt, Response, Split
 
@@ -41,6 +44,11 @@ class ChatColumns:
         """Columns that are read where a file has them."""
         return ()
 
+    def example(self, row: Row, single_turn: bool) -> PreferenceExample:
+        """A demonstration: the conversation's last answer as ``chosen``. Raises UnusableRow."""
+        before, answer = _split(conversation(row.get(self.messages), self.messages), single_turn)
+        return _example(before, Response("chosen", answer))
+
 
 @dataclass(frozen=True)
 class PairColumns:
@@ -67,24 +75,55 @@ class PairColumns:
         """Columns that are read where a file has them."""
         return tuple(column for column in (self.score_chosen, self.score_rejected) if column is not None)
 
+    def example(self, row: Row, single_turn: bool) -> PreferenceExample:
+        """A preference pair. Raises UnusableRow."""
+        prompt = None if self.prompt is None else row.get(self.prompt)
+        before, chosen = _split(_continued(prompt, row.get(self.chosen), "chosen"), single_turn)
+        other, rejected = _split(_continued(prompt, row.get(self.rejected), "rejected"), single_turn)
+        if other != before:
+            raise UnusableRow("chosen and rejected answer different prompts")
+        if chosen == rejected:
+            raise UnusableRow("chosen and rejected are equal")
+        return _example(
+            before,
+            Response("chosen", chosen, _score(row, self.score_chosen)),
+            Response("rejected", rejected, _score(row, self.score_rejected)),
+        )
 
-def collect(
-    rows: Iterable[Row],
-    convert: Callable[[Row], PreferenceExample],
+
+def read_examples(
+    files: Sequence[Path],
+    columns: ChatColumns | PairColumns,
+    single_turn: bool,
     where: str,
     leave_out: frozenset[str] = frozenset(),
-) -> list[PreferenceExample]:
-    """Convert every row; leave out and count the unusable, the repeated, and prompts in ``leave_out`` (ids).
+) -> tuple[PreferenceExample, ...]:
+    """The examples of files, without unusable and repeated rows and prompts in ``leave_out`` (ids).
 
-    Logs one line with the counts. Raises UserError, naming ``where``, if no row is left.
+    Logs one line with the counts. Raises UserError, naming ``where``, if no row is left, and for files that cannot
+    be read. The last two results are kept, because several splits are cut from the same rows.
     """
+    stamps = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else file for file in files)
+    return _read_examples(tuple(files), stamps, columns, single_turn, where, leave_out)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_examples(
+    files: tuple[Path, ...],
+    stamps: tuple[object, ...],
+    columns: ChatColumns | PairColumns,
+    single_turn: bool,
+    where: str,
+    leave_out: frozenset[str],
+) -> tuple[PreferenceExample, ...]:
+    """``stamps`` are the files' sizes and times of change, so that a rewritten file is read anew."""
     examples: dict[str, PreferenceExample] = {}
     dropped: Counter[str] = Counter()
     n_rows = 0
-    for row in rows:
+    for row in read_rows(files, columns.needed, columns.optional):
         n_rows += 1
         try:
-            example = convert(row)
+            example = columns.example(row, single_turn)
         except UnusableRow as reason:
             dropped[str(reason)] += 1
             continue
@@ -98,7 +137,7 @@ def collect(
         raise UserError(f"{where}: none of its {n_rows:,} rows can be used ({listed(dropped)})")
     left_out = f"; left out {n_rows - len(examples):,} ({listed(dropped)})" if dropped else ""
     logger.info("%s: %s of %s rows%s", where, f"{len(examples):,}", f"{n_rows:,}", left_out)
-    return list(examples.values())
+    return tuple(examples.values())
 
 
 def listed(reasons: Counter[str]) -> str:
@@ -134,30 +173,6 @@ def check_share(key: str, value: float) -> None:
     """Raise UserError unless 0 < value < 1."""
     if not 0 < value < 1:
         raise UserError(f"{key}={value}: must be above 0 and below 1")
-
-
-def demonstration(row: Row, columns: ChatColumns, single_turn: bool) -> PreferenceExample:
-    """A conversation as a demonstration of its last answer. Raises UnusableRow."""
-    turns = conversation(row.get(columns.messages), columns.messages)
-    prompt, answer = _split(turns, single_turn)
-    responses = (Response("chosen", answer),)
-    return PreferenceExample(ids.example_id(prompt, responses), prompt, responses)
-
-
-def pair(row: Row, columns: PairColumns, single_turn: bool) -> PreferenceExample:
-    """A preference pair. Raises UnusableRow."""
-    turns = None if columns.prompt is None else row.get(columns.prompt)
-    prompt, chosen = _split(_continued(turns, row.get(columns.chosen), "chosen"), single_turn)
-    other, rejected = _split(_continued(turns, row.get(columns.rejected), "rejected"), single_turn)
-    if other.prompt_id != prompt.prompt_id:
-        raise UnusableRow("chosen and rejected answer different prompts")
-    if chosen == rejected:
-        raise UnusableRow("chosen and rejected are equal")
-    responses = (
-        Response("chosen", chosen, _score(row, columns.score_chosen)),
-        Response("rejected", rejected, _score(row, columns.score_rejected)),
-    )
-    return PreferenceExample(ids.example_id(prompt, responses), prompt, responses)
 
 
 def unique_prompts(examples: Iterable[PreferenceExample]) -> list[Prompt]:
@@ -197,8 +212,8 @@ def _continued(prompt: object, answer: object, name: str) -> tuple[Message, ...]
     return before + turns
 
 
-def _split(turns: tuple[Message, ...], single_turn: bool) -> tuple[Prompt, str]:
-    """The prompt, and the answer of the last assistant turn."""
+def _split(turns: tuple[Message, ...], single_turn: bool) -> tuple[tuple[Message, ...], str]:
+    """What comes before the last assistant turn, and that answer."""
     answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
         raise UnusableRow("no assistant turn")
@@ -211,7 +226,12 @@ def _split(turns: tuple[Message, ...], single_turn: bool) -> tuple[Prompt, str]:
         raise UnusableRow("empty answer")
     if not before[-1].content.strip():
         raise UnusableRow("empty prompt")
-    return Prompt(ids.prompt_id(before), before), answer
+    return before, answer
+
+
+def _example(messages: tuple[Message, ...], *responses: Response) -> PreferenceExample:
+    prompt = Prompt(ids.prompt_id(messages), messages)
+    return PreferenceExample(ids.example_id(prompt, responses), prompt, responses)
 
 
 def _score(row: Row, column: str | None) -> float | None:

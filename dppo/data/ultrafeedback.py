@@ -7,23 +7,10 @@ and ``score_rejected``; chat rows hold ``messages``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from dppo.data.rows import (
-    ChatColumns,
-    PairColumns,
-    Row,
-    check_share,
-    collect,
-    cut,
-    demonstration,
-    pair,
-    unique_prompts,
-)
-from dppo.data.tables import read_rows
+from dppo.data.rows import ChatColumns, PairColumns, check_share, cut, read_examples, unique_prompts
 from dppo.digests import content_digest
 from dppo.errors import UserError
 from dppo.hub import local_folder, pinned_commit, snapshot
@@ -33,8 +20,6 @@ VERSION = 1
 
 PAIR = PairColumns(None, "chosen", "rejected", "score_chosen", "score_rejected")
 CHAT = ChatColumns("messages")
-
-C = TypeVar("C", ChatColumns, PairColumns)
 
 
 @dataclass(frozen=True)
@@ -138,30 +123,23 @@ class UltraFeedback:
 
     def chats(self, split: Split) -> list[PreferenceExample]:
         """Demonstrations: the last answer of each conversation. Raises UserError for missing or unusable files."""
-        return self._examples(self.demonstrations, split, CHAT, demonstration)
+        return self._examples(self.demonstrations, CHAT, split)
 
     def pairs(self, split: Split) -> list[PreferenceExample]:
         """Preference pairs with their scores. Raises UserError for missing or unusable files."""
-        return self._examples(self.preferences, split, PAIR, pair)
+        return self._examples(self.preferences, PAIR, split)
 
     def prompts(self, split: Split) -> list[Prompt]:
         """The prompts of ``pairs(split)``, each once."""
         return unique_prompts(self.pairs(split))
 
-    def _examples(
-        self,
-        source: Source,
-        split: Split,
-        columns: C,
-        convert: Callable[[Row, C, bool], PreferenceExample],
-    ) -> list[PreferenceExample]:
-        def read(of: Split, leave_out: frozenset[str] = frozenset()) -> list[PreferenceExample]:
+    def _examples(self, source: Source, columns: ChatColumns | PairColumns, split: Split) -> list[PreferenceExample]:
+        def read(of: Split, leave_out: frozenset[str] = frozenset()) -> tuple[PreferenceExample, ...]:
             where = f"{source.path} {source.test_split if of == 'test' else source.train_split}"
-            rows = read_rows(source.files(of), columns.needed, columns.optional)
-            return collect(rows, lambda row: convert(row, columns, self.single_turn), where, leave_out)
+            return read_examples(source.files(of), columns, self.single_turn, where, leave_out)
 
         test = read("test")
         if split == "test":
-            return test
+            return list(test)
         rest = read("train", leave_out=frozenset(example.prompt.prompt_id for example in test))
         return cut(rest, split, self.validation_share, 0.0, self.seed)
