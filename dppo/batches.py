@@ -16,8 +16,10 @@ def batches(
 ) -> Iterator[list[EncodedExample]]:
     """``steps`` optimiser batches, epoch after epoch, in an order that depends on seed and example ids only.
 
-    The last batch of an epoch may be smaller.
+    The last batch of an epoch may be smaller. Raises ValueError if there are no examples.
     """
+    if not examples:
+        raise ValueError("there are no examples to train on")
     done, epoch = 0, 0
     while done < steps:
         order = sorted(examples, key=lambda example: _rank(f"{seed}:{epoch}:{example.example_id}"))

@@ -163,7 +163,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
         close(value, plain[name])
 
 
-# --- neighbours -----------------------------------------------------------------------------------------------
+# --- neighbours ------------------------------------------------------------------------------------------------------
 
 TOKENS = st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=6)
 EXAMPLES = st.lists(st.tuples(TOKENS, st.lists(TOKENS, min_size=1, max_size=4)), min_size=1, max_size=4)
@@ -210,7 +210,7 @@ def test_a_response_sees_its_prompt_and_itself_only(
     assert bool(moved[torch.tensor(affected)].any())
 
 
-# --- the head -------------------------------------------------------------------------------------------------
+# --- the head --------------------------------------------------------------------------------------------------------
 
 
 def test_a_chunked_head_changes_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_the_head_sees_response_positions_only() -> None:
     assert sum(sizes) == sum(len(answer.token_ids) for item in examples for answer in item.responses)
 
 
-# --- models that need another way ----------------------------------------------------------------------------------
+# --- models that need another way ------------------------------------------------------------------------------------
 
 
 def model_of(name: str, *, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
