@@ -398,6 +398,16 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
         pairs_file(path, test_path=str(path)).pairs("test")
 
 
+def test_an_empty_cell_is_a_null(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dppo.data")
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected,a,b\nq,y,n,7,\nq,,n,1,2\n")
+    columns = PairColumns("prompt", "chosen", "rejected", "a", "b")
+    (one,) = pairs_file(path, test_path=str(path), columns=columns).pairs("test")
+    assert [response.score for response in one.responses] == [7.0, None]
+    assert "chosen is null: 1" in caplog.text
+
+
 def test_what_is_wrong_in_a_text_file_has_its_line(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     good = json.dumps(FLAT[0])
