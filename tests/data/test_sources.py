@@ -131,6 +131,14 @@ def test_training_prompts_are_cut_into_train_and_validation(folder: Path) -> Non
     assert set(questions(validation)) < set(questions(larger))
 
 
+def test_splits_of_the_same_rows_read_and_report_them_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dppo.data")
+    data = ultrafeedback(folder)
+    for split in ("train", "validation", "train"):
+        data.pairs(split)
+    assert caplog.text.count("train_prefs: 60 of 60 rows") == 1
+
+
 def test_all_pairs_of_a_prompt_are_in_one_split(tmp_path: Path) -> None:
     rows = [pair_row(f"question {n}", chosen=f"answer {k}") for n in range(20) for k in range(3)]
     data = ultrafeedback(preferences(tmp_path, rows, [pair_row("test")]))
