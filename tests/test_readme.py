@@ -1,0 +1,107 @@
+"""The README keeps its word: every command runs, every table is the truth."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import dppo.__main__ as entry
+from dppo import cache
+from dppo.config import CONF_DIR
+from tests.conftest import small
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SHELL = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+COMMANDS = [line for line in SHELL if line.startswith("python -m dppo")]
+RUNS = [line for line in COMMANDS if "smollm2" not in line]
+
+
+def reduced(words: list[str]) -> list[str]:
+    """The same command at a size that takes a second or two."""
+    if any(word.startswith("-") and word not in ("-m",) for word in words):
+        return words
+    flags = [word for word in words if word == "-m"]
+    extra = []
+    if "+experiment=unll_then_dpo" in words:
+        extra = ["phases.unll.train.steps=2", "phases.dpo.train.steps=2"]
+    return [*small(*(word for word in words if word != "-m"), *extra), *flags]
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_every_command_runs(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": f"Say {word}.", "chosen": f"{word}!", "rejected": "No."} for word in "abcdefghijklmnopqrstuvwxyz"
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "outputs" / "cache").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    _, _, module, *words = shlex.split(command)
+    if module == "dppo.cache":
+        status = cache.main(words)
+    else:
+        monkeypatch.setattr(sys, "argv", ["dppo", *reduced(words)])
+        try:
+            status = entry.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    output = capfd.readouterr()
+    assert status == 0, output.err
+    if "--help" not in words and "--cfg" not in words and module == "dppo":
+        results = list(tmp_path.glob("outputs/**/result.json"))
+        assert results
+        assert all(json.loads(path.read_text())["status"] == "complete" for path in results)
+
+
+def test_there_are_commands() -> None:
+    assert len(RUNS) > 12
+    assert {"make run", "make test"} <= {line.partition("  ")[0] for line in SHELL}
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^run:.*\n\t.*python -m dppo$", makefile, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def groups_table() -> str:
+    """The README's table of groups, from conf/."""
+    rows = ["| group | options (default first) |", "|---|---|"]
+    defaults = dict(re.findall(r"^  - (\w+): (\w+)$", (CONF_DIR / "config.yaml").read_text(), re.MULTILINE))
+    for folder in sorted(path for path in CONF_DIR.rglob("*") if path.is_dir() and any(path.glob("*.yaml"))):
+        group = folder.relative_to(CONF_DIR).as_posix()
+        first = defaults.get(group, "dpo" if group == "loss/base" else "")
+        options = sorted(path.stem for path in folder.glob("*.yaml"))
+        ordered = [first, *(option for option in options if option != first)] if first else options
+        rows.append(f"| `{group}` | {' '.join(f'`{option}`' for option in ordered)} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_groups_is_what_conf_holds() -> None:
+    assert groups_table() in README
+
+
+def test_the_reading_tour_names_what_exists() -> None:
+    tour = README.partition("## One training step")[2].partition("\n## ")[0]
+    stops = re.findall(r"^\d\. (.*?)(?=^\d\. |\Z)", tour, re.MULTILINE | re.DOTALL)
+    assert len(stops) == 9
+    for stop in stops:
+        names = re.findall(r"`([^`]+)`", stop)
+        files = [name for name in names if name.endswith(".py")]
+        source = "".join((ROOT / name).read_text() for name in files)
+        for name in names:
+            if re.fullmatch(r"[\w.]+", name) and not name.endswith(".py"):
+                for part in name.split("."):
+                    assert re.search(rf"\b(def|class) {part}\b|\b{part}\b", source), f"{name} in {files}"
+
+
+def test_docs_never_force_an_override() -> None:
+    assert not re.search(r"\+\+[a-z_.]+=", README)
