@@ -90,7 +90,7 @@ def n_steps(settings: TrainSettings, n_examples: int) -> int:
 
 def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
     """The rate of optimiser step ``step`` (0-based) of ``steps``: linear warm-up, then the schedule down to 0."""
-    warmup = math.ceil(settings.warmup_ratio * steps)
+    warmup = math.ceil(round(settings.warmup_ratio * steps, 6))  # 0.07 * 100 is a little more than 7
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -219,7 +219,8 @@ def train(
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    scorer = accelerator.prepare(ResponseScorer(model, settings.packing).to(accelerator.device))
+    scorer = ResponseScorer(model, settings.packing)
+    prepared = accelerator.prepare(scorer)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimiser = torch.optim.AdamW(
         _decay_groups(parameters, settings.weight_decay),
@@ -229,11 +230,14 @@ def train(
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
     state = _State()
-    if isinstance(objective, StatisticsObjective) and objective.uses_statistics:
+    if objective.uses_statistics:
+        assert isinstance(objective, StatisticsObjective)
         state.statistics = objective.initial_statistics()
     _restore(checkpoints, parameters, optimiser, state)
+    if state.statistics is not None:
+        state.statistics = state.statistics.to(accelerator.device)
     steps = n_steps(settings, len(examples))
-    run = _Run(scorer, objective, reference, accelerator, settings)
+    run = _Run(prepared, scorer.packing, objective, reference, accelerator, settings)
     main = accelerator.is_main_process
     with Progress(title, steps, "step", start=state.step) as progress, _stop_signal() as stopped:
         for number, batch in enumerate(batches(examples, settings.batch_size, steps, seed)):
@@ -248,7 +252,8 @@ def train(
             if not bad:
                 grad_norm = run.step(optimiser, parameters, sums.weight)
             if bad or not math.isfinite(grad_norm):
-                return Outcome("diverged", number, bad or tuple(item.example_id for item in batch))
+                ids = bad or tuple(item.example_id for item in batch)
+                return Outcome("diverged", number, ids, state.best_step, state.computed_tokens)
             state.step = number + 1
             state.computed_tokens += tokens
             last = state.step == steps
@@ -278,9 +283,9 @@ def train(
                         _write_tensors(checkpoints / "best.safetensors", dict(parameters), {})
             due = settings.checkpoint_every is not None and state.step % settings.checkpoint_every == 0
             stopping = run.any_rank(stopped.is_set())
-            if not last and (due or stopping) and main:
+            if main and (stopping or (due and not last)):
                 _save(checkpoints, parameters, optimiser, state)
-            if stopping and not last:
+            if stopping:
                 raise Interrupted(f"{title} stopped after step {state.step} of {steps}; a checkpoint was written")
     if settings.save == "best" and state.best_step is not None:
         accelerator.wait_for_everyone()
@@ -291,6 +296,7 @@ def train(
 @dataclass
 class _Run:
     scorer: nn.Module
+    packing: Literal["packed", "padded"]
     objective: Objective
     reference: ReferenceLogps | None
     accelerator: Accelerator
@@ -323,8 +329,14 @@ class _Run:
         """
         parts = self._share(examples)
         mean_tokens = mean_chosen_tokens(examples)
-        if isinstance(self.objective, StatisticsObjective) and statistics is not None:
-            statistics = self._update_statistics(parts, mean_tokens, statistics)
+        scope = self.objective.statistics_scope if isinstance(self.objective, StatisticsObjective) else None
+        if statistics is not None and scope == "optimiser_batch":
+            with torch.no_grad():
+                totals = [
+                    self._partial_statistics(*self._forward(part, mean_tokens, statistics)[1:], counts)
+                    for part, counts in parts
+                ]
+            statistics = self._update_statistics(statistics, totals)
         sums = Accumulated()
         tokens = 0
         bad: tuple[str, ...] = ()
@@ -332,30 +344,35 @@ class _Run:
             last = number == len(parts) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.scorer):
                 batch, policy, reference, context = self._forward(part, mean_tokens, statistics)
+                if statistics is not None and scope == "micro_batch":
+                    # A copy, because log-probs remember their sums, here those without gradients.
+                    detached = dataclasses.replace(policy, tokens=policy.tokens.detach())
+                    totals = [self._partial_statistics(detached, reference, context, counts)]
+                    statistics = self._update_statistics(statistics, totals)
+                    context = dataclasses.replace(context, statistics=statistics)
                 terms = self.objective(policy, reference, context)
                 total = (terms.value * terms.weight).sum() * counts
                 if not torch.isfinite(total):
                     bad = bad or batch.example_ids
                 self.accelerator.backward(total)
             if counts:
-                tokens += computed_tokens(batch, self.settings.packing)
+                tokens += computed_tokens(batch, self.packing)
                 sums.add(terms, policy, reference)
         return self._over_ranks(sums), statistics, int(self._total(float(tokens))), self._first_bad(bad)
 
-    def _update_statistics(
-        self, parts: Sequence[tuple[list[EncodedExample], float]], mean_tokens: float, statistics: Tensor
+    def _partial_statistics(
+        self, policy: ResponseLogps, reference: ResponseLogps | None, context: LossContext, counts: float
     ) -> Tensor:
         assert isinstance(self.objective, StatisticsObjective)
-        totals: Tensor | None = None
-        with torch.no_grad():
-            for part, counts in parts:
-                _, policy, reference, context = self._forward(part, mean_tokens, statistics)
-                found = self.objective.partial_statistics(policy, reference, context) * counts
-                totals = found if totals is None else totals + found
-        assert totals is not None
+        return self.objective.partial_statistics(policy, reference, context) * counts
+
+    def _update_statistics(self, statistics: Tensor, totals: Sequence[Tensor]) -> Tensor:
+        """The state after micro-batches with these totals on this rank, and theirs on the others."""
+        assert isinstance(self.objective, StatisticsObjective)
+        whole = torch.stack(list(totals)).sum(0)
         if self.accelerator.num_processes > 1:
-            totals = self.accelerator.reduce(totals, reduction="sum")
-        return self.objective.update_statistics(statistics, totals)
+            whole = self.accelerator.reduce(whole, reduction="sum")
+        return self.objective.update_statistics(statistics, whole)
 
     def step(self, optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], weight: float) -> float:
         """Divide the summed gradients by the batch's weight, clip, step. Returns the norm before clipping."""
@@ -425,13 +442,19 @@ def computed_tokens(batch: Batch, packing: Literal["packed", "padded"]) -> int:
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set every dropout of a model, modules and attention alike; 0 makes train and eval mode the same function."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
+    """Set every dropout of a model, modules and functional ones; 0 makes train and eval mode the same function.
+
+    Dropout of adapters is left alone: ``lora.dropout`` sets it.
+    """
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = probability
-        for name in ("attention_dropout", "attn_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, probability)
+        # Functional dropout reads an attribute of the layer: attention_dropout, hidden_dropout, dropout, ...
+        for key, value in vars(module).items():
+            if "dropout" in key and isinstance(value, float):
+                setattr(module, key, probability)
 
 
 def _decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

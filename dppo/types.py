@@ -283,6 +283,10 @@ class Objective(Protocol):
 class StatisticsObjective(Objective, Protocol):
     """An objective that needs statistics of the whole optimiser batch (KTO's z, AlphaDPO's running moments)."""
 
+    @property
+    def statistics_scope(self) -> Literal["optimiser_batch", "micro_batch"]:
+        """Over which examples the statistics are taken, those of all ranks included, and so how often they change."""
+
     def initial_statistics(self) -> Tensor:
         """(S,) fp64, the state before the first optimiser step; saved in checkpoints."""
 

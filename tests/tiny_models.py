@@ -19,6 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from dppo.config import TrainSettings
+from dppo.loop import ReferenceLogps
 from dppo.types import EncodedExample, EncodedResponse, Role
 
 VOCABULARY = 61
@@ -144,3 +146,45 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     found = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def train_settings(**changes: Any) -> TrainSettings:
+    """A short training run without warm-up; ``changes`` are its fields."""
+    settings: dict[str, Any] = {
+        "n_examples": None,
+        "max_length": None,
+        "batch_size": 4,
+        "steps": 5,
+        "epochs": None,
+        "learning_rate": 1e-2,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+        "weight_decay": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+        "tokens_per_micro_batch": 1000,
+        "packing": "packed",
+        "precision": "fp32",
+        "dropout": 0.0,
+        "activation_checkpointing": False,
+        "deterministic": True,
+        "log_every": 1,
+        "evaluate_every": None,
+        "n_evaluation_examples": 4,
+        "save": "last",
+        "checkpoint_every": None,
+        "lora": None,
+    }
+    return TrainSettings(**{**settings, **changes})
+
+
+def stored(model: PreTrainedModel, examples: Sequence[EncodedExample]) -> ReferenceLogps:
+    """The log-probs of all responses under ``model``, looked up by (prompt_id, response_id)."""
+    with torch.no_grad():
+        rows = own_log_probs(model, examples)
+    keys = [(item.prompt_id, answer.response_id) for item in examples for answer in item.responses]
+    lengths = [len(answer.token_ids) for item in examples for answer in item.responses]
+    found = dict(zip(keys, rows.split(lengths), strict=True))
+    return lambda wanted: [found[key] for key in wanted]
