@@ -35,7 +35,7 @@ TINY = TinyLlama(
     n_heads=4,
     n_key_value_heads=2,
     max_positions=64,
-    rope_theta=10000.0,
+    rope_theta=5000.0,
     initializer_std=0.02,
 )
 
@@ -89,6 +89,7 @@ def test_sizes_are_those_of_the_settings() -> None:
     layer = attention + 3 * 16 * 32 + 2 * 16
     assert sum(parameter.numel() for parameter in model.parameters()) == embedding + 2 * layer + 16
     assert (config.max_position_embeddings, tokenizer.model_max_length) == (64, 64)
+    assert config.rope_parameters["rope_theta"] == 5000.0
     wide = replace(TINY, initializer_std=0.1).load_model(0)
     assert embedding_of(model).std().item() == pytest.approx(0.02, rel=0.1)
     assert embedding_of(wide).std().item() == pytest.approx(0.1, rel=0.1)
@@ -330,7 +331,7 @@ def test_a_killed_conversion_leaves_nothing_in_the_way(
 
     def killed(model: PreTrainedModel, tokenizer: object, path: Path) -> None:
         path.mkdir()
-        (path / "config.json").write_text("{")
+        (path / "leftover").write_text("half a model")
         raise KeyboardInterrupt
 
     model = gguf_model(gguf_file, tmp_path)
@@ -339,7 +340,8 @@ def test_a_killed_conversion_leaves_nothing_in_the_way(
         with pytest.raises(KeyboardInterrupt):
             model.load_model(0)
     assert model.load_model(0).config.vocab_size == 258
-    assert not [entry for entry in tmp_path.iterdir() if "building" in entry.name]
+    (folder,) = [entry for entry in tmp_path.iterdir() if entry.is_dir()]
+    assert not (folder / "leftover").exists()
 
 
 def test_gguf_identity_is_the_files_content(gguf_file: Path, tmp_path: Path) -> None:
