@@ -27,6 +27,17 @@ if TYPE_CHECKING:
 _CHECKED_JOBS = 200
 
 
+# Under torchrun every process composes the same run; only the first one has a run directory and speaks.
+_SILENT = (
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=disabled",
+    "hydra/hydra_logging=disabled",
+)
+
+
 def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     """One job of Hydra's: the values of ``objectives``, one as a float, several as a tuple."""
     from hydra.core.hydra_config import HydraConfig
@@ -81,7 +92,7 @@ def main() -> int:
         # Beside the first override: argparse takes no flag between two of them.
         places = [at for at, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
         arguments.insert(places[0] if places else len(arguments), f"hydra.searchpath=[file://{config.SWEEPS_DIR}]")
-    sys.argv[1:] = arguments
+    sys.argv[1:] = [*arguments, *_SILENT] if int(os.environ.get("RANK", "0")) > 0 and checking else arguments
     try:
         if checking:
             _check(overrides, multirun=checking == "multirun")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import signal
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from dppo.batches import batches, collate, micro_batches
 from dppo.config import TrainSettings
 from dppo.logps import ResponseScorer
+from dppo.losses.penalised import PenalisedLoss
 from dppo.progress import Progress
 from dppo.types import (
     Batch,
@@ -41,6 +43,8 @@ from dppo.types import (
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
+
+_log = logging.getLogger("dppo")
 
 ReferenceLogps = Callable[[Sequence[tuple[str, str]]], Sequence[Tensor]]
 """Stored token log-probs, fp32, for (prompt_id, response_id) keys, in the order of the keys."""
@@ -61,9 +65,10 @@ class Outcome:
     example_ids: tuple[str, ...] = ()  # of the batch that diverged
     best_step: int | None = None
     computed_tokens: int = 0
+    notices: tuple[str, ...] = ()  # what the user was warned of
 
     def to_json(self) -> dict[str, Json]:
-        return {**dataclasses.asdict(self), "example_ids": list(self.example_ids)}
+        return {**dataclasses.asdict(self), "example_ids": list(self.example_ids), "notices": list(self.notices)}
 
 
 @dataclass
@@ -239,6 +244,7 @@ def train(
     steps = n_steps(settings, len(examples))
     run = _Run(prepared, scorer.packing, objective, reference, accelerator, settings)
     main = accelerator.is_main_process
+    watch = PenaltyWatch()
     with Progress(title, steps, "step", start=state.step) as progress, _stop_signal() as stopped:
         for number, batch in enumerate(batches(examples, settings.batch_size, steps, seed)):
             if number < state.step:
@@ -253,10 +259,15 @@ def train(
                 grad_norm = run.step(optimiser, parameters, sums.weight)
             if bad or not math.isfinite(grad_norm):
                 ids = bad or tuple(item.example_id for item in batch)
-                return Outcome("diverged", number, ids, state.best_step, state.computed_tokens)
+                return Outcome("diverged", number, ids, state.best_step, state.computed_tokens, watch.notices)
             state.step = number + 1
             state.computed_tokens += tokens
             last = state.step == steps
+            if (notice := watch.see(sums)) is not None:
+                notice += run.remedy(batch, state.statistics)
+                watch.notices += (notice,)
+                if main:
+                    _log.warning("warning: %s step %d: %s", title, state.step, notice)
             if main and (state.step % settings.log_every == 0 or state.step == 1 or last):
                 elapsed = time.perf_counter() - started
                 found = sums.metrics()
@@ -290,7 +301,42 @@ def train(
     if settings.save == "best" and state.best_step is not None:
         accelerator.wait_for_everyone()
         _load_tensors(checkpoints / "best.safetensors", parameters)
-    return Outcome("complete", state.step, (), state.best_step, state.computed_tokens)
+    return Outcome("complete", state.step, (), state.best_step, state.computed_tokens, watch.notices)
+
+
+class PenaltyWatch:
+    """Notices, once each, a penalty that drowns the preference term: mean alpha f(r) > 5 over the first 20 steps.
+
+    Or one that grows tenfold, to more than 1, between the first 20 steps and a later 20.
+    """
+
+    WINDOW = 20
+    HIGH = 5.0
+    GROWTH = 10.0
+
+    def __init__(self) -> None:
+        self.notices: tuple[str, ...] = ()
+        self._first: float | None = None
+        self._recent: list[float] = []
+        self._grown = False
+
+    def see(self, sums: Accumulated) -> str | None:
+        """The notice that this optimiser batch gives rise to."""
+        parts = sums.distributions.get("weighted_penalty_strength")
+        if parts is None:
+            return None
+        self._recent = [*self._recent, float(torch.cat(parts).mean())][-self.WINDOW :]
+        if len(self._recent) < self.WINDOW:
+            return None
+        mean = sum(self._recent) / self.WINDOW
+        if self._first is None:
+            self._first = mean
+            if mean > self.HIGH:
+                return f"mean alpha f(r) is {mean:.1f} over {self.WINDOW} steps: the penalty drowns the preference term"
+        elif not self._grown and mean > max(1.0, self.GROWTH * self._first):
+            self._grown = True
+            return f"mean alpha f(r) grew from {self._first:.2g} to {mean:.2g}: the penalty takes over"
+        return None
 
 
 @dataclass
@@ -399,6 +445,21 @@ class _Run:
                 sums.add(terms, policy, reference)
         self.scorer.train(training)
         return self._over_ranks(sums).metrics()
+
+    @torch.no_grad()
+    def remedy(self, examples: Sequence[EncodedExample], statistics: Tensor | None) -> str:
+        """What to type instead, from one micro-batch: a smaller alpha, or the per-token margin with alpha re-scaled."""
+        advice = "; use a smaller alpha"
+        if isinstance(self.objective, PenalisedLoss) and self.objective.margin == "sum":
+            part = self._share(examples)[0][0]
+            _, policy, reference, context = self._forward(part, mean_chosen_tokens(examples), statistics)
+            per_token = dataclasses.replace(self.objective, margin="mean")
+            own = float(self.objective.strength(policy, reference, context).mean())
+            other = float(per_token.strength(policy, reference, context).mean())
+            advice += ", or loss.margin=mean"
+            if own > 0 and other > 0:
+                advice += f" with alpha times {own / other:.0f}"
+        return advice
 
     def _total(self, value: float) -> float:
         if self.accelerator.num_processes == 1:

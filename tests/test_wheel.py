@@ -33,19 +33,19 @@ def test_an_installed_wheel_runs_the_main_job_from_another_folder(tmp_path: Path
     subprocess.run(install, check=True, capture_output=True)
     # Behind the wheel's own folder, and without the .pth files there, one of which is the editable checkout.
     (site / "packages.pth").write_text(packages + "\n")
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    program = environment / "bin" / "python"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    program = str(environment / "bin" / "python")
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     where = subprocess.run(
-        [program, "-c", "import dppo; print(dppo.__file__)"], cwd=folder, capture_output=True, text=True, env=variables
+        [program, "-c", "import dppo; print(dppo.__file__)"], cwd=elsewhere, capture_output=True, text=True, env=variables
     )
     assert where.stdout.startswith(str(site)), where.stdout + where.stderr
     command = [program, "-m", "dppo", *small("loss=unll", "penalty=quadratic", "alpha=0.1")]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=variables)
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr
     assert "win rate (ties 1/2)" in done.stdout
-    assert [path.name for path in folder.iterdir()] == ["outputs"]
+    assert [path.name for path in elsewhere.iterdir()] == ["outputs"]
     entry = "from importlib.metadata import entry_points as e; print([x.value for x in e(name='dppo')])"
-    script = subprocess.run([program, "-c", entry], cwd=folder, capture_output=True, text=True, env=variables)
+    script = subprocess.run([program, "-c", entry], cwd=elsewhere, capture_output=True, text=True, env=variables)
     assert "dppo.__main__:main" in script.stdout

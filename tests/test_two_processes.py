@@ -1,0 +1,38 @@
+"""The whole pipeline with two processes: the same run, one run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run, small
+
+
+def test_torchrun_with_two_processes_is_the_same_experiment(dppo: Run, tmp_path: Path) -> None:
+    words = small("loss=unll", "alpha=0.1", "device=cpu")
+    alone = dppo(*words, "hydra.run.dir=alone", "cache.dir=cache-alone")
+    assert alone.returncode == 0, alone.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dppo"]
+    pair = subprocess.run(
+        [*command, *words, "hydra.run.dir=pair", "cache.dir=cache-pair"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert pair.returncode == 0, pair.stderr[-3000:]
+    assert {path.name for path in tmp_path.iterdir()} == {"alone", "pair", "cache-alone", "cache-pair"}
+    assert pair.stdout.count("policy against SFT") == 1, "only the first process speaks"
+    assert json.loads((tmp_path / "pair" / "versions.json").read_text())["processes"] == 2
+
+    def losses(name: str) -> list[float]:
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [row["train/loss"] for row in rows if "train/loss" in row]
+
+    assert losses("pair") == pytest.approx(losses("alone"), rel=1e-4)
