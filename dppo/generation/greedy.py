@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from dppo.config import require
+from dppo.errors import UserError
 from dppo.types import Generation, Json
 
 if TYPE_CHECKING:
@@ -49,10 +50,18 @@ class Greedy:
     ) -> Iterator[list[Generation]]:
         """Answer every (prompt_id, token ids), batch by batch; batches come in the order of prompt lengths.
 
-        ``end_ids`` end an answer; ``decode`` turns answer tokens without the end token into text.
+        ``end_ids`` end an answer; ``decode`` turns answer tokens without the end token into text. Raises UserError
+        if an answer could grow beyond the model's positions.
         """
         model.eval()
         queue = sorted(prompts, key=lambda prompt: (len(prompt[1]), prompt[0]))
+        longest = len(queue[-1][1]) if queue else 0
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and longest + self.max_new_tokens > limit:
+            raise UserError(
+                f"generation.max_new_tokens={self.max_new_tokens}: the longest prompt has {longest} tokens and the "
+                f"model has {limit} positions; choose at most {limit - longest}"
+            )
         at = 0
         while at < len(queue):
             rows = 1
