@@ -29,7 +29,9 @@ class Kl:
 def exact_kl(
     policy: ResponseScorer, reference: ResponseScorer, answers: Sequence[EncodedExample], tokens_per_batch: int
 ) -> Kl:
-    """KL of two models on the same device over answers with one response each."""
+    """KL of two models on the same device over answers with one response each; raises ValueError for none."""
+    if not answers:
+        raise ValueError("there are no answers to compare the models on")
     device = next(policy.parameters()).device
     policy.eval()
     reference.eval()
