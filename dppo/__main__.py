@@ -33,7 +33,7 @@ _SILENT = (
     "hydra.sweep.dir=.",
     "hydra.sweep.subdir=.",
     "hydra.output_subdir=null",
-    "hydra/job_logging=disabled",
+    f"hydra.job_logging.handlers.file.filename={os.devnull}",
     "hydra/hydra_logging=disabled",
 )
 

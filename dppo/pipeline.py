@@ -89,7 +89,8 @@ def _stages(
         base = reference if phase.reference == "sft" else policy
         trained = _phase(experiment, bench, name, phase, policy, base, encoder)
         rows = [{**row, "step": int(row["step"]) + offset} for row in trained.metrics]
-        record.metrics(name, rows)
+        if bench.is_main:
+            record.metrics(name, rows)
         for notice in trained.outcome["notices"] if trained.artifact.reused else ():
             bench.warn(f"{name}: {notice}")
         if tracker is not None:

@@ -41,9 +41,7 @@ def reduced(words: list[str]) -> list[str]:
 def test_every_command_runs(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [
-        {"prompt": f"Say {word}.", "chosen": f"{word}!", "rejected": "No."} for word in "abcdefghijklmnopqrstuvwxyz"
-    ]
+    rows = [{"prompt": f"Say {n}.", "chosen": f"{n}!", "rejected": "No."} for n in range(300)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "outputs" / "cache").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def test_the_same_run_builds_nothing_and_replays_its_metrics(warm: tuple[Path, F
         (["train.log_every=3"], []),
         (["generation.tokens_per_batch=100"], []),
         (["objectives=[kl.nats_per_token]"], []),
-        (["evaluation.n_prompts=6"], ["drift", "compare"]),
+        (["evaluation.n_prompts=6"], ["compare"]),
+        (["evaluation.n_kl_prompts=3"], ["drift"]),
         (
             ["generation.max_new_tokens=6"],
             ["y_gen", "reference", "preference", "answers", "baseline", "scores", "drift", "compare"],
@@ -98,9 +100,13 @@ def test_y_gen_and_log_probs_are_added_for_new_pairs_only(warm: tuple[Path, Fini
     assert not {"y_gen", "reference"} & set(smaller.built), "6 pairs lie within 8"
     larger = run_small(root, *BASE, "train.n_examples=16", "seed=0")
     assert {"y_gen", "reference"} <= set(larger.built)
-    log = "\n".join(path.read_text() for path in (root / "cache" / "generate").rglob("*.jsonl"))
-    keys = [line.split('"')[3] for line in log.splitlines()]
-    assert len(keys) == len(set(keys)), "no answer was made twice"
+    stores = list((root / "cache" / "generate").iterdir())
+    assert len(stores) > 1, "the SFT model's and each policy's"
+    for store in stores:
+        lines = "".join(path.read_text() for path in store.rglob("*.jsonl")).splitlines()
+        keys = [json.loads(line)["key"] for line in lines]
+        assert keys
+        assert len(keys) == len(set(keys)), "no answer was made twice"
 
 
 def test_a_loss_runs_only_the_stages_that_it_needs(tmp_path: Path) -> None:
