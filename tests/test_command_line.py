@@ -176,11 +176,8 @@ def test_a_multirun_keeps_its_jobs_apart_and_goes_on_after_a_failed_one(dppo: Ru
 
 
 def test_ctrl_c_leaves_a_clean_cache_and_the_same_command_continues(dppo: Run, tmp_path: Path) -> None:
-    words = small("loss=dpo", "train.steps=60", "train.evaluate_every=null", "cache.dir=cache")
-    undisturbed = dppo(*words, "hydra.run.dir=straight", "cache.dir=other")
-    assert undisturbed.returncode == 0, undisturbed.stderr
     # Long enough that the signal lands within training, whatever the machine's speed.
-    words = [word.replace("train.steps=60", "train.steps=800") if "sft" not in word else word for word in words]
+    words = small("loss=dpo", "train.steps=500", "train.evaluate_every=null", "cache.dir=cache")
     process = subprocess.Popen(
         [sys.executable, "-m", "dppo", *words, "hydra.run.dir=first"],
         cwd=tmp_path,
@@ -205,7 +202,7 @@ def test_ctrl_c_leaves_a_clean_cache_and_the_same_command_continues(dppo: Run, t
     assert second.returncode == 0, second.stderr
     assert "continues after step" in second.stdout
     steps = [json.loads(line)["step"] for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 801))
+    assert steps == list(range(1, 501))
 
 
 def test_help_names_every_group_and_option(dppo: Run) -> None:

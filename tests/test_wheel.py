@@ -38,7 +38,11 @@ def test_an_installed_wheel_runs_the_main_job_from_another_folder(tmp_path: Path
     program = str(environment / "bin" / "python")
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     where = subprocess.run(
-        [program, "-c", "import dppo; print(dppo.__file__)"], cwd=elsewhere, capture_output=True, text=True, env=variables
+        [program, "-c", "import dppo; print(dppo.__file__)"],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        env=variables,
     )
     assert where.stdout.startswith(str(site)), where.stdout + where.stderr
     command = [program, "-m", "dppo", *small("loss=unll", "penalty=quadratic", "alpha=0.1")]
