@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,41 @@ class Outcome:
 
 
 @dataclass
+class PenaltyWatch:
+    """Notices, once each, a penalty that drowns the preference term: mean alpha f(r) > 5 over the first 20 steps.
+
+    Or one that grows tenfold, to more than 1, between the first 20 steps and a later 20.
+    """
+
+    WINDOW: ClassVar[int] = 20
+    HIGH: ClassVar[float] = 5.0
+    GROWTH: ClassVar[float] = 10.0
+
+    notices: tuple[str, ...] = ()
+    first: float | None = None
+    recent: tuple[float, ...] = ()
+    grown: bool = False
+
+    def see(self, sums: Accumulated) -> str | None:
+        """The notice that this optimiser batch gives rise to."""
+        parts = sums.distributions.get("weighted_penalty_strength")
+        if parts is None:
+            return None
+        self.recent = (*self.recent, float(torch.cat(parts).mean()))[-self.WINDOW :]
+        if len(self.recent) < self.WINDOW:
+            return None
+        mean = sum(self.recent) / self.WINDOW
+        if self.first is None:
+            self.first = mean
+            if mean > self.HIGH:
+                return f"mean alpha f(r) is {mean:.1f} over {self.WINDOW} steps: the penalty drowns the preference term"
+        elif not self.grown and mean > max(1.0, self.GROWTH * self.first):
+            self.grown = True
+            return f"mean alpha f(r) grew from {self.first:.2g} to {mean:.2g}: the penalty takes over"
+        return None
+
+
+@dataclass
 class _State:
     """What a checkpoint holds beside the model and the optimiser."""
 
@@ -80,6 +115,7 @@ class _State:
     statistics: Tensor | None = None
     best_loss: float = math.inf
     best_step: int | None = None
+    watch: PenaltyWatch = field(default_factory=PenaltyWatch)
 
 
 # --- how long, how fast --------------------------------------------------------------------------------------------
@@ -244,7 +280,6 @@ def train(
     steps = n_steps(settings, len(examples))
     run = _Run(prepared, scorer.packing, objective, reference, accelerator, settings)
     main = accelerator.is_main_process
-    watch = PenaltyWatch()
     with Progress(title, steps, "step", start=state.step) as progress, _stop_signal() as stopped:
         for number, batch in enumerate(batches(examples, settings.batch_size, steps, seed)):
             if number < state.step:
@@ -259,13 +294,13 @@ def train(
                 grad_norm = run.step(optimiser, parameters, sums.weight)
             if bad or not math.isfinite(grad_norm):
                 ids = bad or tuple(item.example_id for item in batch)
-                return Outcome("diverged", number, ids, state.best_step, state.computed_tokens, watch.notices)
+                return Outcome("diverged", number, ids, state.best_step, state.computed_tokens, state.watch.notices)
             state.step = number + 1
             state.computed_tokens += tokens
             last = state.step == steps
-            if (notice := watch.see(sums)) is not None:
+            if (notice := state.watch.see(sums)) is not None:
                 notice += run.remedy(batch, state.statistics)
-                watch.notices += (notice,)
+                state.watch.notices += (notice,)
                 if main:
                     _log.warning("warning: %s step %d: %s", title, state.step, notice)
             if main and (state.step % settings.log_every == 0 or state.step == 1 or last):
@@ -301,42 +336,7 @@ def train(
     if settings.save == "best" and state.best_step is not None:
         accelerator.wait_for_everyone()
         _load_tensors(checkpoints / "best.safetensors", parameters)
-    return Outcome("complete", state.step, (), state.best_step, state.computed_tokens, watch.notices)
-
-
-class PenaltyWatch:
-    """Notices, once each, a penalty that drowns the preference term: mean alpha f(r) > 5 over the first 20 steps.
-
-    Or one that grows tenfold, to more than 1, between the first 20 steps and a later 20.
-    """
-
-    WINDOW = 20
-    HIGH = 5.0
-    GROWTH = 10.0
-
-    def __init__(self) -> None:
-        self.notices: tuple[str, ...] = ()
-        self._first: float | None = None
-        self._recent: list[float] = []
-        self._grown = False
-
-    def see(self, sums: Accumulated) -> str | None:
-        """The notice that this optimiser batch gives rise to."""
-        parts = sums.distributions.get("weighted_penalty_strength")
-        if parts is None:
-            return None
-        self._recent = [*self._recent, float(torch.cat(parts).mean())][-self.WINDOW :]
-        if len(self._recent) < self.WINDOW:
-            return None
-        mean = sum(self._recent) / self.WINDOW
-        if self._first is None:
-            self._first = mean
-            if mean > self.HIGH:
-                return f"mean alpha f(r) is {mean:.1f} over {self.WINDOW} steps: the penalty drowns the preference term"
-        elif not self._grown and mean > max(1.0, self.GROWTH * self._first):
-            self._grown = True
-            return f"mean alpha f(r) grew from {self._first:.2g} to {mean:.2g}: the penalty takes over"
-        return None
+    return Outcome("complete", state.step, (), state.best_step, state.computed_tokens, state.watch.notices)
 
 
 @dataclass
@@ -448,14 +448,17 @@ class _Run:
 
     @torch.no_grad()
     def remedy(self, examples: Sequence[EncodedExample], statistics: Tensor | None) -> str:
-        """What to type instead, from one micro-batch: a smaller alpha, or the per-token margin with alpha re-scaled."""
+        """What to type instead: a smaller alpha, or the per-token margin with alpha re-scaled to this batch."""
         advice = "; use a smaller alpha"
         if isinstance(self.objective, PenalisedLoss) and self.objective.margin == "sum":
-            part = self._share(examples)[0][0]
-            _, policy, reference, context = self._forward(part, mean_chosen_tokens(examples), statistics)
             per_token = dataclasses.replace(self.objective, margin="mean")
-            own = float(self.objective.strength(policy, reference, context).mean())
-            other = float(per_token.strength(policy, reference, context).mean())
+            mean_tokens = mean_chosen_tokens(examples)
+            own = other = 0.0
+            for part, counts in self._share(examples):
+                _, policy, reference, context = self._forward(part, mean_tokens, statistics)
+                own += counts * float(self.objective.strength(policy, reference, context).sum())
+                other += counts * float(per_token.strength(policy, reference, context).sum())
+            own, other = self._total(own), self._total(other)
             advice += ", or loss.margin=mean"
             if own > 0 and other > 0:
                 advice += f" with alpha times {own / other:.0f}"
@@ -604,6 +607,7 @@ def _save(
                 "computed_tokens": state.computed_tokens,
                 "best_loss": state.best_loss if math.isfinite(state.best_loss) else None,
                 "best_step": state.best_step,
+                "watch": dataclasses.asdict(state.watch),
             }
         )
     }
@@ -647,6 +651,8 @@ def _restore(
     state.computed_tokens = saved["computed_tokens"]
     state.best_loss = math.inf if saved["best_loss"] is None else saved["best_loss"]
     state.best_step = saved["best_step"]
+    watch = saved["watch"]
+    state.watch = PenaltyWatch(tuple(watch["notices"]), watch["first"], tuple(watch["recent"]), watch["grown"])
 
 
 def checkpoint_step(directory: Path) -> int:

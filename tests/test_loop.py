@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -31,13 +32,16 @@ from dppo.errors import UserError
 from dppo.logps import ResponseScorer
 from dppo.loop import Interrupted, Metrics, Outcome, ReferenceLogps, checkpoint_step, learning_rate, n_steps, train
 from dppo.losses.pairwise import DPO
+from dppo.losses.penalised import UnLL
+from dppo.losses.penalties import Quadratic
 from dppo.losses.sft import SFT
-from dppo.types import EncodedExample, LossContext, LossTerms, Objective, ResponseLogps, Role
+from dppo.types import EncodedExample, EncodedResponse, LossContext, LossTerms, Objective, ResponseLogps, Role
 from tests import two_ranks
 from tests.running_margin import RunningMargin
 from tests.tiny_models import (
     VOCABULARY,
     build,
+    draw,
     example,
     gpt2,
     llama,
@@ -596,6 +600,79 @@ def test_outside_the_main_thread_signals_are_left_alone(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert len(run.rows) == 5
+
+
+# --- a penalty that takes over ---------------------------------------------------------------------------------------
+
+
+def watched(strengths: Sequence[float]) -> dict[int, str]:
+    """The notices of a run with this mean alpha f(r) at its steps."""
+    watch, found = loop.PenaltyWatch(), {}
+    for step, strength in enumerate(strengths, start=1):
+        half = torch.full((2,), strength)
+        sums = loop.Accumulated(distributions={"weighted_penalty_strength": [half - 0.1, half + 0.1]})
+        if (notice := watch.see(sums)) is not None:
+            found[step] = notice
+    return found
+
+
+def test_a_penalty_that_drowns_the_preference_term_is_noticed_once() -> None:
+    assert watched([4.9] * 60) == {}
+    assert watched([100.0] * 19) == {}  # not yet
+    (found,) = watched([5.2] * 60).items()
+    assert found == (20, "mean alpha f(r) is 5.2 over 20 steps: the penalty drowns the preference term")
+
+
+def test_a_penalty_that_grows_tenfold_is_noticed_once() -> None:
+    """A mean of 20 passes 10 * 0.3 with ten of the later ones in it: (10 * 0.3 + 10 * 6.12) / 20 = 3.21."""
+    (found,) = watched([0.3] * 20 + [6.12] * 40).items()
+    assert found == (30, "mean alpha f(r) grew from 0.3 to 3.2: the penalty takes over")
+    assert watched([0.3] * 20 + [2.9] * 40) == {}
+    assert watched([0.001] * 20 + [0.9] * 40) == {}  # a thousandfold of nothing
+
+
+def test_losses_without_a_penalty_are_not_watched() -> None:
+    assert loop.PenaltyWatch().see(loop.Accumulated()) is None
+
+
+def test_notices_survive_an_interruption_and_say_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loss = UnLL(
+        alpha=3.0,
+        penalty=Quadratic(),
+        base=cast("DPO", LOSSES["dpo"]),
+        margin="sum",
+        detach=True,
+        mask_shared_prefix=False,
+        level="token_mean",
+    )
+    generator = random.Random(0)
+    examples = []
+    for item in EXAMPLES:
+        generated = EncodedResponse(f"{item.example_id}/g", "generated", tuple(draw(generator, 5)))
+        examples.append(dataclasses.replace(item, responses=(*item.responses, generated)))
+    settings = train_settings(steps=22, learning_rate=1e-10, batch_size=10)
+    given: dict[str, Any] = {"examples": examples, "reference": stored(llama(seed=5), examples)}
+    undisturbed = Run(tmp_path / "a", llama())
+    outcome = undisturbed(loss, settings, **given)
+    (notice,) = outcome.notices
+    assert [record.getMessage() for record in caplog.records] == [f"warning: train step 20: {notice}"]
+    # At this learning rate the model stays as it was: r^2 of sums and of means, over the pairs that are ranked wrongly.
+    found: ResponseLogps = ResponseScorer(llama(), "padded")(collate(examples))
+    r_sum, r_mean = found.chosen.sum - found.rejected.sum, found.chosen.mean - found.rejected.mean
+    own, other = (torch.relu(-r).square().mean().item() for r in (r_sum, r_mean))
+    assert notice == (
+        f"mean alpha f(r) is {3 * own:.1f} over 20 steps: the penalty drowns the preference term; use a smaller alpha, "
+        f"or loss.margin=mean with alpha times {own / other:.0f}"
+    )
+    assert outcome.to_json()["notices"] == [notice]
+    for stop in (12, 21):
+        stopped = Run(tmp_path / str(stop), llama())
+        stopped.on_log = lambda row, stop=stop: interrupt() if row["step"] == stop else None  # type: ignore[misc]
+        with pytest.raises(Interrupted):
+            stopped(loss, settings, **given)
+        resumed = Run(tmp_path / str(stop), llama())
+        assert resumed(loss, settings, **given) == outcome
+        same(resumed.weights, undisturbed.weights)
 
 
 # --- the best weights ------------------------------------------------------------------------------------------------
