@@ -12,6 +12,7 @@ small batch that its way of computing gives the model's own numbers, and takes a
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -462,7 +463,8 @@ def _tolerance(model: PreTrainedModel) -> float:
 
 @cache
 def _warn_once(line: str) -> None:
-    logger.warning("%s", line)
+    if os.environ.get("RANK", "0") == "0":  # every process of a launcher comes to the same result
+        logger.warning("%s", line)
 
 
 def _places_per_chunk(head: nn.Linear) -> int:

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dppo.batches import batches, collate, micro_batches
@@ -33,6 +33,7 @@ def names(made: list[list[EncodedExample]]) -> list[list[str]]:
 
 
 @given(n=st.integers(1, 20), size=st.integers(1, 7), steps=st.integers(1, 12), shuffle=st.randoms())
+@settings(deadline=None)
 def test_order_depends_on_seed_and_ids_only(n: int, size: int, steps: int, shuffle: random.Random) -> None:
     examples = pairs(n)
     others = list(examples)
@@ -43,6 +44,7 @@ def test_order_depends_on_seed_and_ids_only(n: int, size: int, steps: int, shuff
 
 
 @given(n=st.integers(1, 20), size=st.integers(1, 7), epochs=st.integers(1, 3))
+@settings(deadline=None)
 def test_every_epoch_has_every_example_once(n: int, size: int, epochs: int) -> None:
     examples = pairs(n)
     per_epoch = math.ceil(n / size)
@@ -75,6 +77,7 @@ def test_no_examples_are_refused() -> None:
 
 
 @given(examples=EXAMPLES, budget=st.integers(1, 80), shuffle=st.randoms())
+@settings(deadline=None)
 def test_micro_batches_hold_every_example_once_within_the_budget(
     examples: list[EncodedExample], budget: int, shuffle: random.Random
 ) -> None:
@@ -146,6 +149,7 @@ def test_shared_prefix_needs_both_answers() -> None:
 
 
 @given(EXAMPLES)
+@settings(deadline=None)
 def test_every_token_is_laid_out_once_and_predicted_by_the_one_before_it(examples: list[EncodedExample]) -> None:
     batch = collate(examples)
     flat = [
