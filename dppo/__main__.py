@@ -79,6 +79,8 @@ def main() -> int:
 
     # One BLAS and tokenizer thread pool is enough; forked tokenizers would warn on every run.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # train.deterministic on CUDA: cuBLAS reads this before its first call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Our own one-line messages replace Hydra's report of exceptions.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     typed = sys.argv[1:]

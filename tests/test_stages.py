@@ -117,6 +117,13 @@ def test_a_loss_runs_only_the_stages_that_it_needs(tmp_path: Path) -> None:
     assert "reference" not in free
 
 
+def test_the_cut_of_a_batch_counts_only_for_statistics_of_each_micro_batch(tmp_path: Path) -> None:
+    words = ["loss=alpha_dpo", "loss.stats_scope=micro_batch"]
+    run_small(tmp_path, *words)
+    assert "preference" in run_small(tmp_path, *words, "train.tokens_per_micro_batch=100").built
+    assert run_small(tmp_path, *words).built == []
+
+
 def test_sft_against_itself_is_a_tie_everywhere(tmp_path: Path) -> None:
     found = run_small(tmp_path, "loss=none").result
     rate = found["win_rate"]

@@ -57,6 +57,7 @@ def preference(
             "seed": seed,
             "data": data,
             "numerics": bench.numerics(train.precision, train.packing),
+            **_cut(bench, phase),
         },
         parents=[start.fingerprint, *parents],
     )
@@ -89,3 +90,12 @@ def _outcome(slot: Slot) -> dict[str, Any]:
     found = slot.manifest().extra["outcome"]
     assert isinstance(found, dict)
     return found
+
+
+def _cut(bench: Workbench, phase: Phase) -> dict[str, Json]:
+    """How a batch is cut, which decides the result only of a loss with statistics of each micro-batch."""
+    loss = phase.loss
+    if not loss.uses_statistics or getattr(loss, "statistics_scope", "") != "micro_batch":
+        return {}
+    processes = int(bench.accelerator.num_processes)
+    return {"tokens_per_micro_batch": phase.train.tokens_per_micro_batch, "processes": processes}
