@@ -21,7 +21,7 @@ from dppo.data.draws import pick, share, stream
 from dppo.errors import UserError
 from dppo.types import Json, Message, PreferenceExample, Prompt, Response, Split
 
-VERSION = 1
+VERSION = 2
 
 LARGEST = 60  # the largest number for which the tokenizer has a piece of its own
 NAMES = ("Tom", "Ann", "Sam", "Eva", "Ben", "Mia", "Leo", "Zoe")
@@ -37,7 +37,10 @@ ANSWER = "{a} plus {b} is {s}, minus {c} is {d}."
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Two-step word problems with operands from 1 to ``largest_operand``; results are never negative."""
+    """Two-step word problems ``a + b - c`` with a and b from 1 to ``largest_operand``, c from 1 to ``largest_removed``.
+
+    Results are never negative.
+    """
 
     seed: int
     n_chats: int
@@ -45,22 +48,35 @@ class Arithmetic:
     n_validation: int
     n_test: int
     largest_operand: int
+    largest_removed: int
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UserError(f"dataset.seed={self.seed}: must be >= 0")
         if not 4 <= self.largest_operand <= LARGEST // 2:
             raise UserError(f"dataset.largest_operand={self.largest_operand}: must be >= 4 and <= {LARGEST // 2}")
+        if not 1 <= self.largest_removed <= self.largest_operand:
+            raise UserError(
+                f"dataset.largest_removed={self.largest_removed}: must be >= 1 and <= {self.largest_operand}, "
+                "dataset.largest_operand"
+            )
         sizes: tuple[tuple[str, Split], ...] = (
             ("n_chats", "train"), ("n_pairs", "train"), ("n_validation", "validation"), ("n_test", "test"),
         )  # fmt: skip
         for name, split in sizes:
             # Half of what there is, so that drawing different prompts at random comes to an end soon.
-            most = len(_numbers(self.largest_operand, split)) * len(QUESTIONS) * len(NAMES) * len(THINGS) // 2
+            most = (
+                len(_numbers(self.largest_operand, self.largest_removed, split))
+                * len(QUESTIONS)
+                * len(NAMES)
+                * len(THINGS)
+                // 2
+            )
             if not 1 <= getattr(self, name) <= most:
                 raise UserError(
                     f"dataset.{name}={getattr(self, name)}: must be >= 1 and <= {most} "
-                    f"with dataset.largest_operand={self.largest_operand}"
+                    f"with dataset.largest_operand={self.largest_operand} "
+                    f"and dataset.largest_removed={self.largest_removed}"
                 )
 
     def identity(self) -> dict[str, Json]:
@@ -93,7 +109,7 @@ class Arithmetic:
         rng = stream("arithmetic prompts", VERSION, self.seed, kind if split == "train" else "", split)
         seen: set[str] = set()
         while len(seen) < count.get(split, self.n_test):
-            a, b, c = pick(rng, _numbers(self.largest_operand, split))
+            a, b, c = pick(rng, _numbers(self.largest_operand, self.largest_removed, split))
             text = pick(rng, QUESTIONS).format(name=pick(rng, NAMES), thing=pick(rng, THINGS), a=a, b=b, c=c)
             messages = (Message("user", text),)
             prompt = Prompt(ids.prompt_id(messages), messages, (("answer", str(a + b - c)),))
@@ -103,11 +119,15 @@ class Arithmetic:
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(largest: int, split: Split) -> tuple[tuple[int, int, int], ...]:
-    """Every (a, b, c) of a split with operands from 1 to ``largest`` and ``a + b - c >= 0``."""
+def _numbers(largest: int, largest_removed: int, split: Split) -> tuple[tuple[int, int, int], ...]:
+    """Every (a, b, c) of a split with a and b up to ``largest``, c up to ``largest_removed``, ``a + b - c >= 0``."""
     operands = range(1, largest + 1)
     return tuple(
-        (a, b, c) for a in operands for b in operands for c in operands if c <= a + b and _split_of(a, b, c) == split
+        (a, b, c)
+        for a in operands
+        for b in operands
+        for c in range(1, min(a + b, largest_removed) + 1)
+        if _split_of(a, b, c) == split
     )
 
 

@@ -34,7 +34,9 @@ def instructions(seed: int = 0, **settings: int | float) -> Instructions:
 
 
 def arithmetic(seed: int = 0, **settings: int) -> Arithmetic:
-    base = Arithmetic(seed=seed, n_chats=300, n_pairs=200, n_validation=60, n_test=150, largest_operand=12)
+    base = Arithmetic(
+        seed=seed, n_chats=300, n_pairs=200, n_validation=60, n_test=150, largest_operand=12, largest_removed=4
+    )
     return dataclasses.replace(base, **settings)
 
 
@@ -133,6 +135,7 @@ def test_default_sizes_take_well_under_a_second(build: Build) -> None:
         (instructions, {"n_validation": 10**9}, r"dataset\.n_validation=1000000000: must be >= 1 and <= "),
         (arithmetic, {"n_pairs": 0}, r"dataset\.n_pairs=0: must be >= 1"),
         (arithmetic, {"largest_operand": 31}, r"dataset\.largest_operand=31: must be >= 4 and <= 30"),
+        (arithmetic, {"largest_removed": 13}, r"dataset\.largest_removed=13: must be >= 1 and <= 12"),
         (arithmetic, {"largest_operand": 4, "n_test": 10**6}, r"dataset\.n_test=1000000: must be >= 1 and <= "),
     ],
 )
@@ -214,6 +217,7 @@ def test_worked_answers_are_right_and_rejected_ones_wrong_by_one_or_two_tokens()
         parts = re.fullmatch(r"(\d+) plus (\d+) is (\d+), minus (\d+) is (\d+)\.", chosen)
         assert parts
         a, b, total, c, result = map(int, parts.groups())
+        assert max(a, b) <= 12 and c <= 4
         assert a + b == total and total - c == result >= 0
         assert pair.prompt.checks == (("answer", str(result)),)
         assert [int(number) for number in re.findall(r"\d+", pair.prompt.messages[0].content)] == [a, b, c]

@@ -87,7 +87,7 @@ def test_every_word_of_the_embedded_data_is_one_token_and_every_piece_is_used() 
     labels = Verifiable(met=1.0, violated=1.0, repetition=2.0, surplus_word=0.02)
     sizes = {"n_chats": 3000, "n_pairs": 3000, "n_validation": 1, "n_test": 1}
     instructions = Instructions(seed=5, compliance=0.5, habit_spread=0.3, pair_compliance=0.5, labels=labels, **sizes)
-    arithmetic = Arithmetic(seed=5, largest_operand=30, **sizes)
+    arithmetic = Arithmetic(seed=5, largest_operand=30, largest_removed=30, **sizes)
     seen: set[str] = set()
     for example in (*instructions.chats("train"), *instructions.pairs("train"), *arithmetic.pairs("train")):
         for text in (example.prompt.messages[0].content, *(response.text for response in example.responses)):
