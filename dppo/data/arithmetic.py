@@ -5,7 +5,10 @@ An answer works in two steps, ``3 plus 5 is 8, minus 2 is 6.`` The rejected answ
 wrong last number, or with a wrong intermediate result that makes the last number wrong too.
 
 Problems belong to a split by a hash of their numbers, so a test problem is never a training problem in other words,
-whatever the seed. A smaller size gives the first rows of a larger one.
+whatever the seed. Demonstrations and training pairs have different numbers too: an SFT model knows its demonstrations
+by heart, and on pairs made of them it would err as little as y_gen would differ from the chosen answer.
+
+A smaller size gives the first rows of a larger one.
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ import functools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from dppo.data import ids
 from dppo.data.draws import pick, share, stream
 from dppo.errors import UserError
 from dppo.types import Json, Message, PreferenceExample, Prompt, Response, Split
 
-VERSION = 2
+VERSION = 3
+
+Part = Literal["chats", "pairs", "validation", "test"]
 
 LARGEST = 60  # the largest number for which the tokenizer has a piece of its own
 NAMES = ("Tom", "Ann", "Sam", "Eva", "Ben", "Mia", "Leo", "Zoe")
@@ -60,13 +66,13 @@ class Arithmetic:
                 f"dataset.largest_removed={self.largest_removed}: must be >= 1 and <= {self.largest_operand}, "
                 "dataset.largest_operand"
             )
-        sizes: tuple[tuple[str, Split], ...] = (
-            ("n_chats", "train"), ("n_pairs", "train"), ("n_validation", "validation"), ("n_test", "test"),
+        sizes: tuple[tuple[str, Part], ...] = (
+            ("n_chats", "chats"), ("n_pairs", "pairs"), ("n_validation", "validation"), ("n_test", "test"),
         )  # fmt: skip
-        for name, split in sizes:
+        for name, part in sizes:
             # Half of what there is, so that drawing different prompts at random comes to an end soon.
             most = (
-                len(_numbers(self.largest_operand, self.largest_removed, split))
+                len(_numbers(self.largest_operand, self.largest_removed, part))
                 * len(QUESTIONS)
                 * len(NAMES)
                 * len(THINGS)
@@ -104,12 +110,14 @@ class Arithmetic:
             rows.append(PreferenceExample(ids.example_id(prompt, responses), prompt, responses))
         return rows
 
-    def _problems(self, kind: str, split: Split) -> Iterator[tuple[Prompt, tuple[int, int, int]]]:
-        count = {"train": self.n_chats if kind == "chats" else self.n_pairs, "validation": self.n_validation}
-        rng = stream("arithmetic prompts", VERSION, self.seed, kind if split == "train" else "", split)
+    def _problems(self, kind: Literal["chats", "pairs"], split: Split) -> Iterator[tuple[Prompt, tuple[int, int, int]]]:
+        """Different prompts, as many as the settings ask for, and their numbers."""
+        part: Part = kind if split == "train" else split
+        rng = stream("arithmetic prompts", VERSION, self.seed, part)
+        numbers = _numbers(self.largest_operand, self.largest_removed, part)
         seen: set[str] = set()
-        while len(seen) < count.get(split, self.n_test):
-            a, b, c = pick(rng, _numbers(self.largest_operand, self.largest_removed, split))
+        while len(seen) < getattr(self, f"n_{part}"):
+            a, b, c = pick(rng, numbers)
             text = pick(rng, QUESTIONS).format(name=pick(rng, NAMES), thing=pick(rng, THINGS), a=a, b=b, c=c)
             messages = (Message("user", text),)
             prompt = Prompt(ids.prompt_id(messages), messages, (("answer", str(a + b - c)),))
@@ -119,22 +127,22 @@ class Arithmetic:
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(largest: int, largest_removed: int, split: Split) -> tuple[tuple[int, int, int], ...]:
-    """Every (a, b, c) of a split with a and b up to ``largest``, c up to ``largest_removed``, ``a + b - c >= 0``."""
+def _numbers(largest: int, largest_removed: int, part: Part) -> tuple[tuple[int, int, int], ...]:
+    """Every (a, b, c) of a part with a and b up to ``largest``, c up to ``largest_removed``, ``a + b - c >= 0``."""
     operands = range(1, largest + 1)
     return tuple(
         (a, b, c)
         for a in operands
         for b in operands
         for c in range(1, min(a + b, largest_removed) + 1)
-        if _split_of(a, b, c) == split
+        if _part_of(a, b, c) == part
     )
 
 
-def _split_of(a: int, b: int, c: int) -> Split:
-    """A fixed tenth of all problems is for validation, three tenths for test."""
-    place = share("arithmetic split", a, b, c)
-    return "train" if place < 0.6 else "validation" if place < 0.7 else "test"
+def _part_of(a: int, b: int, c: int) -> Part:
+    """Of all problems half are for demonstrations, a fifth for pairs, a tenth for validation, a fifth for test."""
+    place = share("arithmetic part", a, b, c)
+    return "chats" if place < 0.5 else "pairs" if place < 0.7 else "validation" if place < 0.8 else "test"
 
 
 def _answer(a: int, b: int, c: int) -> str:

@@ -17,7 +17,7 @@ from dppo.data.arithmetic import Arithmetic
 from dppo.data.instructions import PARTNER, Instructions
 from dppo.errors import UserError
 from dppo.rewards.verifiable import Verifiable, inspect_answer, words_of
-from dppo.types import Split
+from dppo.types import Prompt, Split
 
 LABELS = Verifiable(met=1.0, violated=1.0, repetition=2.0, surplus_word=0.02)
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -227,3 +227,15 @@ def test_worked_answers_are_right_and_rejected_ones_wrong_by_one_or_two_tokens()
         assert all(int(number) >= 0 for number in re.findall(r"-?\d+", rejected))
         counts.append(differing)
     assert set(counts) == {1, 2}
+
+
+def test_demonstrations_and_training_pairs_share_no_numbers() -> None:
+    """Else the SFT model knows the pairs by heart: y_gen equals the chosen answer and no gate ever opens."""
+
+    def numbers(prompt: Prompt) -> tuple[str, ...]:
+        return tuple(re.findall(r"\d+", prompt.messages[0].content))
+
+    data = arithmetic(n_chats=2000, n_pairs=2000)
+    shown = {numbers(chat.prompt) for chat in data.chats("train")}
+    for split in SPLITS:
+        assert not shown & {numbers(prompt) for prompt in data.prompts(split)}
