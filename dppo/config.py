@@ -351,12 +351,9 @@ def _refuse_unread(raw: Mapping[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         name, _, value = override.lstrip("+~").partition("=")
         group = re.split(r"[./@]", name)[0]
-        if group in _THROUGH_PHASES and group not in read and f"{group}" in raw:
-            raise UserError(f"{override}: nothing in this run uses {group} ({loss}); drop it{_unused_hint(value)}")
-
-
-def _unused_hint(value: str) -> str:
-    return "" if not value else ", or put it into the phase that should use it"
+        if group in _THROUGH_PHASES and group not in read and group in raw:
+            elsewhere = ", or put it into the phase that should use it" if value else ""
+            raise UserError(f"{override}: nothing in this run uses {group} ({loss}); drop it{elsewhere}")
 
 
 def _loss_words(raw: Mapping[str, Any]) -> str:

@@ -587,6 +587,11 @@ def _load_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
             value.copy_(found[name])
 
 
+def _saved(directory: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last."""
+    return sorted(directory.glob("step-*.safetensors"))
+
+
 def _save(
     directory: Path, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, state: _State
 ) -> None:
@@ -611,7 +616,7 @@ def _save(
             }
         )
     }
-    older = sorted(directory.glob("step-*.safetensors"))
+    older = _saved(directory)
     _write_tensors(directory / f"step-{state.step:09d}.safetensors", tensors, metadata)
     for path in older:
         path.unlink(missing_ok=True)
@@ -623,7 +628,7 @@ def _restore(
     """Continue from the newest checkpoint in ``directory``, if there is one."""
     from safetensors import safe_open
 
-    paths = sorted(directory.glob("step-*.safetensors"))
+    paths = _saved(directory)
     if not paths:
         return
     with safe_open(paths[-1], framework="pt") as file:
@@ -657,5 +662,5 @@ def _restore(
 
 def checkpoint_step(directory: Path) -> int:
     """The step of the checkpoint that ``train`` would continue from; 0 without one."""
-    paths = sorted(directory.glob("step-*.safetensors"))
+    paths = _saved(directory)
     return int(paths[-1].stem.removeprefix("step-")) if paths else 0

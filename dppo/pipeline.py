@@ -12,7 +12,6 @@ from dppo.artifacts import Cache
 from dppo.batches import batches
 from dppo.config import Experiment, Phase
 from dppo.data.encoding import ChatEncoder
-from dppo.data.ids import content_hash
 from dppo.data.subsets import nested_subset
 from dppo.errors import UserError
 from dppo.loop import Interrupted, ReferenceLogps, n_steps
@@ -25,7 +24,7 @@ from dppo.stages.scores import scores
 from dppo.stages.sft import sft
 from dppo.stages.workbench import Workbench
 from dppo.tracking import RunInfo, Tracker
-from dppo.types import Artifact, EncodedExample, Generation, Json, Prompt
+from dppo.types import Artifact, EncodedExample, Json, Prompt
 
 # Held-out pairs and evaluation prompts are the same for every seed, so that runs can be compared prompt by prompt.
 FIXED = 0
@@ -43,7 +42,7 @@ def run(
     results.check_objectives(experiment.objectives)
     bench = _workbench(experiment)
     bench.cache.check_writable()
-    record = results.RunDirectory(directory, resolved=resolved, overrides=overrides, experiment=experiment)
+    record = results.RunDirectory(directory, resolved=resolved, overrides=overrides)
     if bench.is_main:
         record.open()
     bench.on_record = lambda: record.parents(bench) if bench.is_main else None
@@ -61,7 +60,7 @@ def run(
         final = results.final_scalars(result)
         if bench.is_main:
             record.result(result)
-        for line in results.summary(result, experiment, directory):
+        for line in results.summary(result, directory):
             bench.say(line)
         return results.objective_values(result, experiment.objectives)
     except (KeyboardInterrupt, Interrupted):
@@ -112,7 +111,7 @@ def _stages(
         bench,
         policy,
         reference,
-        _answers_as_examples(kl_prompts, own, encoder),
+        encoder.answers(kl_prompts, own),
         encoder.encode(pairs, None).examples,
         train,
     )
@@ -195,22 +194,6 @@ def _evaluation_prompts(experiment: Experiment) -> list[Prompt]:
     if not prompts:
         raise UserError(f"evaluation.split={evaluation.split}: the data set has no prompts in this split")
     return prompts
-
-
-def _answers_as_examples(
-    prompts: Sequence[Prompt], answers: Mapping[str, Generation], encoder: ChatEncoder
-) -> list[EncodedExample]:
-    """A model's own answers as examples with one ``generated`` response each."""
-    bare = [
-        EncodedExample(
-            content_hash([prompt.prompt_id, list(answers[prompt.prompt_id].token_ids)]),
-            prompt.prompt_id,
-            encoder.prompt_ids(prompt.messages),
-            (),
-        )
-        for prompt in prompts
-    ]
-    return list(encoder.add_generated(bare, answers, None))
 
 
 def _workbench(experiment: Experiment) -> Workbench:

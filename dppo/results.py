@@ -11,6 +11,7 @@ A run directory holds
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -49,7 +50,6 @@ class RunDirectory:
     path: Path
     resolved: Mapping[str, Json]
     overrides: Sequence[str]
-    experiment: Experiment
 
     def open(self) -> None:
         """Write what is known before the first stage. Raises UserError if the directory is not writable."""
@@ -65,10 +65,8 @@ class RunDirectory:
 
     def parents(self, bench: Workbench) -> None:
         """Note which cached stages the run refers to, so that they are kept."""
-        used = {(record.stage, record.fingerprint): record for record in bench.records}
-        bench.cache.record_run(
-            self.path, [(stage_folder(record.stage), record.fingerprint) for record in used.values()]
-        )
+        used = dict.fromkeys((record.stage, record.fingerprint) for record in bench.records)
+        bench.cache.record_run(self.path, list(used))
 
     def metrics(self, phase: str, rows: Sequence[Metrics]) -> None:
         with disk_errors(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -86,11 +84,6 @@ class RunDirectory:
     def _write(self, name: str, text: str) -> None:
         with disk_errors(self.path):
             write_atomic(self.path / name, text.encode())
-
-
-def stage_folder(title: str) -> str:
-    """The cache folder of a stage by the title that is printed: y_gen and both models' answers share one store."""
-    return {"y_gen": "generate", "answers": "generate", "baseline": "generate"}.get(title, title)
 
 
 def versions() -> dict[str, Json]:
@@ -146,7 +139,7 @@ def diverged(trained: Trained, phase: str, bench: Workbench) -> dict[str, Any]:
 def timings(bench: Workbench) -> dict[str, Any]:
     stages = [
         {
-            "stage": record.stage,
+            "stage": record.title,
             "fingerprint": record.fingerprint,
             "seconds": record.seconds,
             "reused": record.reused,
@@ -278,8 +271,6 @@ def _brief(settings: object) -> str:
 
 def describe_loss(loss: object) -> str:
     """A loss by its own name and the numbers it was built with, such as ``unll(alpha=0.1, quadratic)``."""
-    import dataclasses
-
     assert dataclasses.is_dataclass(loss)
     parts = []
     for field in dataclasses.fields(loss):
@@ -292,7 +283,7 @@ def describe_loss(loss: object) -> str:
     return f"{name}({', '.join(parts)})" if parts else str(name)
 
 
-def summary(result: Mapping[str, Any], experiment: Experiment, directory: Path) -> list[str]:
+def summary(result: Mapping[str, Any], directory: Path) -> list[str]:
     """The final table."""
     lines = ["-" * _WIDTH]
     if result["status"] == "diverged":

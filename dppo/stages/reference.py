@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,17 +14,16 @@ from dppo.logps import ResponseScorer
 from dppo.loop import ReferenceLogps
 from dppo.progress import Progress
 from dppo.stages.training import autocast, saved_policy
+from dppo.stages.workbench import Keep, Workbench
 from dppo.types import Artifact, EncodedExample
 
 if TYPE_CHECKING:
     from dppo.artifacts import Store, Tokens
-    from dppo.stages.workbench import Workbench
 
 VERSION = 1
 # Without gradients a forward pass takes a fraction of a training step's memory.
 _BUDGET_FACTOR = 4
 _ROWS_PER_SHARD = 4096
-_SECONDS_PER_SHARD = 30.0
 
 
 def reference_logps(
@@ -45,64 +43,41 @@ def reference_logps(
             _key(example.prompt_id, response.response_id) for example in examples for response in example.responses
         )
     )
-    missing: list[str] = []
-    with bench.alone() as main:
-        if main:
-            missing = store.missing(keys)
-            detail = f"{len(keys)} responses, {len(missing)} to score" if missing else f"{len(keys)} responses"
-            with bench.working("reference", store, reuse=not missing, detail=detail):
-                if missing:
-                    with store.lock(bench.say):
-                        _fill(bench, store, model, examples, settings)
-    rows = {key: torch.from_numpy(row.copy()) for key, row in zip(keys, store.get(keys), strict=True)}
 
-    def lookup(wanted: Sequence[tuple[str, str]]) -> list[torch.Tensor]:
-        return [rows[_key(prompt_id, response_id)] for prompt_id, response_id in wanted]
-
-    return store.artifact(reused=not missing), lookup
-
-
-def _key(prompt_id: str, response_id: str) -> str:
-    return f"{prompt_id}:{response_id}"
-
-
-@torch.inference_mode()
-def _fill(
-    bench: Workbench,
-    store: Store[Tokens],
-    model: Artifact,
-    examples: Sequence[EncodedExample],
-    settings: TrainSettings,
-) -> None:
-    wanted = set(
-        store.missing(
-            _key(example.prompt_id, response.response_id) for example in examples for response in example.responses
-        )
-    )
-    todo = []
-    for example in examples:
-        responses = tuple(
-            response for response in example.responses if _key(example.prompt_id, response.response_id) in wanted
-        )
-        if responses:
-            todo.append(dataclasses.replace(example, responses=responses))
-    if not todo:
-        return
-    scorer = ResponseScorer(saved_policy(bench, model), settings.packing).eval()
-    pending: dict[str, Tokens] = {}
-    committed = time.monotonic()
-    try:
+    @torch.inference_mode()
+    def compute(missing: list[str], keep: Keep[Tokens]) -> None:
+        todo = _lacking(examples, set(missing))
+        scorer = ResponseScorer(saved_policy(bench, model), settings.packing).eval()
         with Progress("reference", len(todo), "example") as progress:
             for part in micro_batches(todo, settings.tokens_per_micro_batch * _BUDGET_FACTOR):
                 batch = collate(part).to(bench.device)
                 with autocast(bench, settings.precision):
                     found = scorer(batch)
                 rows = found.tokens.cpu().split(found.lengths.tolist())
-                pending |= {_key(*key): row.numpy().copy() for key, row in zip(batch.response_keys, rows, strict=True)}
+                keep({_key(*key): row.numpy().copy() for key, row in zip(batch.response_keys, rows, strict=True)})
                 progress.advance(len(part))
-                if len(pending) >= _ROWS_PER_SHARD or time.monotonic() - committed > _SECONDS_PER_SHARD:
-                    store.append(pending)
-                    pending, committed = {}, time.monotonic()
-    finally:
-        if pending:
-            store.append(pending)
+
+    detail = f"{len(keys)} responses"
+    artifact = bench.fill("reference", store, keys, detail, "to score", compute, rows_per_shard=_ROWS_PER_SHARD)
+    rows = {key: torch.from_numpy(row.copy()) for key, row in zip(keys, store.get(keys), strict=True)}
+
+    def lookup(wanted: Sequence[tuple[str, str]]) -> list[torch.Tensor]:
+        return [rows[_key(prompt_id, response_id)] for prompt_id, response_id in wanted]
+
+    return artifact, lookup
+
+
+def _key(prompt_id: str, response_id: str) -> str:
+    return f"{prompt_id}:{response_id}"
+
+
+def _lacking(examples: Sequence[EncodedExample], missing: set[str]) -> list[EncodedExample]:
+    """The examples with only those responses whose rows are missing; examples without one are left out."""
+    todo = []
+    for example in examples:
+        responses = tuple(
+            response for response in example.responses if _key(example.prompt_id, response.response_id) in missing
+        )
+        if responses:
+            todo.append(dataclasses.replace(example, responses=responses))
+    return todo

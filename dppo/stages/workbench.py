@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from dppo.artifacts import Build, Cache, Slot, Store
 from dppo.types import Artifact, Json
@@ -17,17 +18,25 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _log = logging.getLogger("dppo")
+_SECONDS_PER_SHARD = 30.0
+
+Row = TypeVar("Row")
+Keep = Callable[[Mapping[str, Row]], None]
+"""Takes finished rows of a store, to be committed in shards."""
 
 
 @dataclass
 class Record:
-    """What a run did at one stage: how long it took, and whether the cache had it."""
+    """What a run did at one stage: how long it took, and whether the cache had it.
 
+    ``title`` is what is printed; ``stage`` is where it lies in the cache: y_gen and both models' answers share one.
+    """
+
+    title: str
     stage: str
     fingerprint: str
     seconds: float
     reused: bool
-    detail: str
 
 
 @dataclass
@@ -77,38 +86,41 @@ class Workbench:
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started
-        self.records.append(Record(title, entry.fingerprint, round(seconds, 3), reuse, detail))
+        self.records.append(Record(title, entry.stage, entry.fingerprint, round(seconds, 3), reuse))
         self.on_record()
 
     def artifact(self, title: str, slot: Slot, detail: str, build: Callable[[Build], None]) -> Artifact:
-        """Reuse a complete artifact or build it; every process of the run enters ``build``, one commits."""
-        if self.accelerator.num_processes > 1:
-            return self._collective(title, slot, detail, build)
-        if slot.complete():
-            with self.working(title, slot, reuse=True, detail=detail):
-                return slot.artifact(reused=True)
-        with slot.lock(self.say):
-            reuse = slot.complete()  # another process may have built it while this one waited
+        """Reuse a complete artifact or build it.
+
+        Every process of the run enters ``build``; the main one decides, holds the lock and commits.
+        """
+        if not self.is_main:
+            return self._join(slot, build)
+
+        def together(started: Build) -> None:
+            self._share(started)
+            build(started)
+
+        reuse = slot.complete()
+        with nullcontext() if reuse else slot.lock(self.say):
+            reuse = reuse or slot.complete()  # another run may have built it while this one waited
             with self.working(title, slot, reuse=reuse, detail=detail):
-                return slot.get_or_build(build, self.say)
+                if reuse:
+                    self._share(None)
+                artifact = slot.get_or_build(together, self.say)
+        self.accelerator.wait_for_everyone()
+        return artifact
 
-    def _collective(self, title: str, slot: Slot, detail: str, build: Callable[[Build], None]) -> Artifact:
-        """The same with several processes: the main one holds the lock, all train, the main one commits."""
+    def _share(self, started: Build | None) -> None:
+        """Tell the other processes where to build; None: nothing is to be built."""
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list([None, None] if started is None else [str(started.directory), str(started.work)])
+
+    def _join(self, slot: Slot, build: Callable[[Build], None]) -> Artifact:
+        """The part of a process that is not the main one."""
         from accelerate.utils import broadcast_object_list
-
-        if self.is_main:
-            with slot.lock(self.say):
-                reuse = slot.complete()
-                with self.working(title, slot, reuse=reuse, detail=detail):
-                    if not reuse:
-                        with slot.building() as started:
-                            broadcast_object_list([str(started.directory), str(started.work)])
-                            build(started)
-                    else:
-                        broadcast_object_list([None, None])
-            self.accelerator.wait_for_everyone()
-            return slot.artifact(reused=reuse)
-        from pathlib import Path
 
         where: list[Any] = [None, None]
         broadcast_object_list(where)
@@ -117,11 +129,51 @@ class Workbench:
         self.accelerator.wait_for_everyone()
         return slot.artifact(reused=where[0] is None)
 
-    @contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Let the main process fill a store while the others wait; yields whether this is the main process."""
+    def fill(
+        self,
+        title: str,
+        store: Store[Row],
+        keys: Sequence[str],
+        detail: str,
+        todo: str,
+        compute: Callable[[list[str], Keep[Row]], None],
+        *,
+        rows_per_shard: int,
+    ) -> Artifact:
+        """Have ``compute(missing keys, keep)`` make the rows that a store lacks; the main process does, others wait.
+
+        ``keep(rows)`` commits a shard when it has ``rows_per_shard`` rows or the last one is 30 seconds old: that is
+        what a kill can cost. What an exception interrupts is committed too.
+        """
+        missing: list[str] = []
         if self.is_main:
-            yield True
+            missing = store.missing(keys)
+            told = f"{detail}, {len(missing)} {todo}" if missing else detail
+            with self.working(title, store, reuse=not missing, detail=told):
+                if missing:
+                    with store.lock(self.say):
+                        # Another run may have filled it while this one waited.
+                        if left := store.missing(keys):
+                            with _shards(store, rows_per_shard) as keep:
+                                compute(left, keep)
         self.accelerator.wait_for_everyone()
-        if not self.is_main:
-            yield False
+        return store.artifact(reused=not missing)
+
+
+@contextmanager
+def _shards(store: Store[Row], rows_per_shard: int) -> Iterator[Keep[Row]]:
+    pending: dict[str, Row] = {}
+    committed = time.monotonic()
+
+    def keep(rows: Mapping[str, Row]) -> None:
+        nonlocal pending, committed
+        pending |= rows
+        if len(pending) >= rows_per_shard or time.monotonic() - committed > _SECONDS_PER_SHARD:
+            store.append(pending)
+            pending, committed = {}, time.monotonic()
+
+    try:
+        yield keep
+    finally:
+        if pending:
+            store.append(pending)
