@@ -89,6 +89,7 @@ class TrainSettings:
     log_every: int
     evaluate_every: int | None
     n_evaluation_examples: int
+    penalty_gradient_ratio: bool
     save: Literal["last", "best"]
     checkpoint_every: int | None
     lora: LoraSettings | None
@@ -124,7 +125,13 @@ class TrainSettings:
     def identity(self) -> dict[str, Json]:
         """What decides the trained model; how a batch is cut, logged and checkpointed does not."""
         kept = dataclasses.asdict(self)
-        for key in ("tokens_per_micro_batch", "activation_checkpointing", "log_every", "checkpoint_every"):
+        for key in (
+            "tokens_per_micro_batch",
+            "activation_checkpointing",
+            "log_every",
+            "checkpoint_every",
+            "penalty_gradient_ratio",
+        ):
             del kept[key]
         return kept
 

@@ -37,6 +37,7 @@ from dppo.types import (
     LossTerms,
     Objective,
     ResponseLogps,
+    Role,
     StatisticsObjective,
 )
 
@@ -115,6 +116,7 @@ class _State:
     statistics: Tensor | None = None
     best_loss: float = math.inf
     best_step: int | None = None
+    start: Metrics = field(default_factory=dict)  # held-out log-probs before the first step
     watch: PenaltyWatch = field(default_factory=PenaltyWatch)
 
 
@@ -167,10 +169,11 @@ class Accumulated:
             self.distributions.setdefault(name, []).append(values.detach().float().cpu())
 
     def metrics(self) -> Metrics:
-        """Means over the examples, and the 95th percentile of what is a distribution."""
+        """Means over the examples that have a value, and the 95th percentile of what is a distribution."""
         found: Metrics = {"loss": self.value / max(self.weight, 1e-30)}
         for name, parts in self.columns.items():
-            found[name] = float(torch.cat(parts).mean())
+            if not math.isnan(mean := float(torch.cat(parts).nanmean())):
+                found[name] = mean
         for name, parts in self.distributions.items():
             values = torch.cat(parts)
             found[f"{name}_mean"] = float(values.mean())
@@ -179,30 +182,40 @@ class Accumulated:
 
 
 def _share_positive(margin: Tensor) -> Tensor:
-    """1 where positive, 1/2 at exactly 0, else 0."""
+    """1 where positive, 1/2 at exactly 0, else 0; NaN stays."""
     return (torch.sign(margin) + 1) / 2
 
 
+_LOGGED_ROLES: tuple[Role, ...] = ("chosen", "rejected", "generated", "ranked", "desirable", "undesirable")
+
+
 def likelihoods(policy: ResponseLogps, reference: ResponseLogps | None) -> dict[str, Tensor]:
-    """(M,) sums and per-token means of each single role's log-probs, and ranking accuracies of pairs."""
+    """What is known of every loss's examples, each (M,): NaN where an example has no answer in a role.
+
+    ``logps/<role>`` and ``log_ratio/<role>`` (over the reference) are sums over an answer's tokens, nats, with
+    ``_per_token`` their means; several answers in a role are averaged. ``margin`` is chosen minus rejected,
+    ``accuracy`` the share of positive margins, 1/2 at exactly 0; with ``_to_reference`` those of the log-ratios.
+    """
     columns: dict[str, Tensor] = {}
-    for role in ("chosen", "rejected", "generated"):
-        if policy.roles.count(role) == policy.n_examples:
-            own = policy.select(role)
-            columns[f"logps/{role}"] = own.sum.detach()
-            columns[f"logps/{role}_per_token"] = own.mean.detach()
-            if reference is not None:
-                columns[f"log_ratio/{role}"] = (own.sum - reference.select(role).sum).detach()
-    if {"logps/chosen", "logps/rejected"} <= columns.keys():
-        margin = columns["logps/chosen"] - columns["logps/rejected"]
-        columns["accuracy"] = _share_positive(margin)
-        columns["accuracy_per_token"] = _share_positive(
-            columns["logps/chosen_per_token"] - columns["logps/rejected_per_token"]
-        )
+    logged = [role for role in _LOGGED_ROLES if role in policy.roles]
+    for role in logged:
+        rows = torch.tensor([found == role for found in policy.roles], device=policy.example.device)
+        owner = policy.example[rows]
+        number = torch.zeros(policy.n_examples, device=owner.device).index_add(0, owner, torch.ones_like(owner).float())
+        kinds = {"logps": (policy.sum, policy.mean)}
         if reference is not None:
-            columns["accuracy_to_reference"] = _share_positive(
-                columns["log_ratio/chosen"] - columns["log_ratio/rejected"]
-            )
+            kinds["log_ratio"] = (policy.sum - reference.sum, policy.mean - reference.mean)
+        for kind, parts in kinds.items():
+            for per, values in zip(("", "_per_token"), parts, strict=True):
+                found = values.detach()[rows]
+                columns[f"{kind}/{role}{per}"] = found.new_zeros(policy.n_examples).index_add(0, owner, found) / number
+    if {"chosen", "rejected"} <= set(logged):
+        for kind, compared in {"logps": "", "log_ratio": "_to_reference"}.items():
+            for per in ("", "_per_token"):
+                if f"{kind}/chosen" in columns:
+                    margin = columns[f"{kind}/chosen{per}"] - columns[f"{kind}/rejected{per}"]
+                    columns[f"margin{compared}{per}"] = margin
+                    columns[f"accuracy{compared}{per}"] = _share_positive(margin)
     return columns
 
 
@@ -280,6 +293,11 @@ def train(
     steps = n_steps(settings, len(examples))
     run = _Run(prepared, scorer.packing, objective, reference, accelerator, settings)
     main = accelerator.is_main_process
+    if state.step == 0 and settings.evaluate_every and held_out:
+        found = run.evaluate(held_out, state.statistics)
+        state.start = {name: value for name, value in found.items() if name.startswith("logps/")}
+        if main:
+            log({"step": 0} | {f"eval/{name}": value for name, value in found.items()})
     with Progress(title, steps, "step", start=state.step) as progress, _stop_signal() as stopped:
         for number, batch in enumerate(batches(examples, settings.batch_size, steps, seed)):
             if number < state.step:
@@ -288,16 +306,23 @@ def train(
             rate = learning_rate(settings, number, steps)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            sums, state.statistics, tokens, bad = run.accumulate(batch, state.statistics)
-            grad_norm = math.nan
+            before = state.statistics
+            sums, state.statistics, tokens, bad = run.accumulate(batch, before)
+            last = number + 1 == steps
+            evaluates = bool(
+                settings.evaluate_every and held_out and ((number + 1) % settings.evaluate_every == 0 or last)
+            )
+            grad_norm, beside = math.nan, {}
             if not bad:
+                if evaluates and settings.penalty_gradient_ratio and isinstance(objective, PenalisedLoss):
+                    ratio = run.penalty_gradient_ratio(objective, batch, before, parameters)
+                    beside = {"train/penalty_gradient_ratio": ratio} if math.isfinite(ratio) else {}
                 grad_norm = run.step(optimiser, parameters, sums.weight)
             if bad or not math.isfinite(grad_norm):
                 ids = bad or tuple(item.example_id for item in batch)
                 return Outcome("diverged", number, ids, state.best_step, state.computed_tokens, state.watch.notices)
             state.step = number + 1
             state.computed_tokens += tokens
-            last = state.step == steps
             if (notice := state.watch.see(sums)) is not None:
                 notice += run.remedy(batch, state.statistics)
                 state.watch.notices += (notice,)
@@ -319,10 +344,12 @@ def train(
                 )
                 progress.note(f"loss {found['loss']:.4f}")
             progress.advance()
-            if settings.evaluate_every and held_out and (state.step % settings.evaluate_every == 0 or last):
+            if evaluates:
                 found = run.evaluate(held_out, state.statistics)
+                change = {f"logps_change/{name[6:]}": found[name] - value for name, value in state.start.items()}
                 if main:
-                    log({"step": state.step} | {f"eval/{name}": value for name, value in found.items()})
+                    evaluated = {f"eval/{name}": value for name, value in (found | change).items()}
+                    log({"step": state.step} | beside | evaluated)
                 if found["loss"] < state.best_loss:
                     state.best_loss, state.best_step = float(found["loss"]), state.step
                     if settings.save == "best" and main:
@@ -347,6 +374,12 @@ class _Run:
     reference: ReferenceLogps | None
     accelerator: Accelerator
     settings: TrainSettings
+
+    def _with_gradient(self, examples: Sequence[EncodedExample]) -> Sequence[EncodedExample]:
+        """The examples without answers that only the statistics of the whole optimiser batch look at."""
+        if _scope(self.objective) == "micro_batch":
+            return examples
+        return _in_roles(examples, lambda role: role != "mismatched")
 
     def _share(self, examples: Sequence[EncodedExample]) -> list[tuple[list[EncodedExample], float]]:
         """The micro-batches of this rank; every rank has equally many, the surplus ones count nothing."""
@@ -373,16 +406,18 @@ class _Run:
         Returns the sums, the new statistics, the tokens computed by all ranks, and the ids of the examples of the
         first micro-batch whose loss is not finite (empty if all are).
         """
-        parts = self._share(examples)
         mean_tokens = mean_chosen_tokens(examples)
-        scope = self.objective.statistics_scope if isinstance(self.objective, StatisticsObjective) else None
+        scope = _scope(self.objective)
         if statistics is not None and scope == "optimiser_batch":
+            assert isinstance(self.objective, StatisticsObjective)
+            looked_at = set(self.objective.statistics_roles)
             with torch.no_grad():
                 totals = [
                     self._partial_statistics(*self._forward(part, mean_tokens, statistics)[1:], counts)
-                    for part, counts in parts
+                    for part, counts in self._share(_in_roles(examples, looked_at.__contains__))
                 ]
             statistics = self._update_statistics(statistics, totals)
+        parts = self._share(self._with_gradient(examples))
         sums = Accumulated()
         tokens = 0
         bad: tuple[str, ...] = ()
@@ -420,6 +455,31 @@ class _Run:
             whole = self.accelerator.reduce(whole, reduction="sum")
         return self.objective.update_statistics(statistics, whole)
 
+    def penalty_gradient_ratio(
+        self,
+        objective: PenalisedLoss,
+        examples: Sequence[EncodedExample],
+        statistics: Tensor | None,
+        parameters: Mapping[str, nn.Parameter],
+    ) -> float:
+        """Norm of the penalty's gradient over that of the base's, on a batch whose whole gradients are there.
+
+        ``statistics`` is the state before that batch. Gradients are left as they were found.
+        """
+        whole = {name: value.grad for name, value in parameters.items()}
+        for value in parameters.values():
+            value.grad = None
+        base = dataclasses.replace(self, objective=dataclasses.replace(objective, alpha=0.0))
+        base.accumulate(examples, statistics)
+        squares = torch.zeros(2, dtype=torch.float64)
+        for name, value in parameters.items():
+            ours, own = whole[name], value.grad
+            if ours is not None and own is not None:
+                squares += torch.stack([(ours - own).square().sum(), own.square().sum()]).double().cpu()
+            value.grad = ours
+        penalty_norm, base_norm = squares.sqrt().tolist()
+        return penalty_norm / base_norm if base_norm > 0 else math.inf
+
     def step(self, optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], weight: float) -> float:
         """Divide the summed gradients by the batch's weight, clip, step. Returns the norm before clipping."""
         gradients = [value.grad for value in parameters.values() if value.grad is not None]
@@ -438,7 +498,7 @@ class _Run:
         training = self.scorer.training
         self.scorer.eval()
         mean_tokens = mean_chosen_tokens(examples)
-        for part, counts in self._share(examples):
+        for part, counts in self._share(self._with_gradient(examples)):
             _, policy, reference, context = self._forward(part, mean_tokens, statistics)
             terms = self.objective(policy, reference, context)
             if counts:
@@ -495,6 +555,20 @@ class _Run:
         from accelerate.utils import gather_object
 
         return next((ids for ids in gather_object([bad]) if ids), ())
+
+
+def _scope(objective: Objective) -> Literal["optimiser_batch", "micro_batch"] | None:
+    return objective.statistics_scope if isinstance(objective, StatisticsObjective) else None
+
+
+def _in_roles(examples: Sequence[EncodedExample], keep: Callable[[Role], bool]) -> list[EncodedExample]:
+    """The examples with only those responses whose role is kept."""
+    return [
+        example
+        if all(keep(response.role) for response in example.responses)
+        else dataclasses.replace(example, responses=tuple(one for one in example.responses if keep(one.role)))
+        for example in examples
+    ]
 
 
 def computed_tokens(batch: Batch, packing: Literal["packed", "padded"]) -> int:
@@ -612,6 +686,7 @@ def _save(
                 "computed_tokens": state.computed_tokens,
                 "best_loss": state.best_loss if math.isfinite(state.best_loss) else None,
                 "best_step": state.best_step,
+                "start": state.start,
                 "watch": dataclasses.asdict(state.watch),
             }
         )
@@ -656,6 +731,7 @@ def _restore(
     state.computed_tokens = saved["computed_tokens"]
     state.best_loss = math.inf if saved["best_loss"] is None else saved["best_loss"]
     state.best_step = saved["best_step"]
+    state.start = saved["start"]
     watch = saved["watch"]
     state.watch = PenaltyWatch(tuple(watch["notices"]), watch["first"], tuple(watch["recent"]), watch["grown"])
 

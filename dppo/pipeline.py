@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,13 @@ from dppo import __version__, results
 from dppo.artifacts import Cache
 from dppo.batches import batches
 from dppo.config import Experiment, Phase
-from dppo.data.encoding import ChatEncoder
+from dppo.data import Dataset, LabelledDataset, RankedDataset
+from dppo.data.encoding import ChatEncoder, EncodedSet
+from dppo.data.shapes import one_row_per_prompt, with_answers_of_the_row_before, with_answers_to_other_prompts
 from dppo.data.subsets import nested_subset
 from dppo.errors import UserError
 from dppo.loop import Interrupted, ReferenceLogps, n_steps
+from dppo.losses.unpaired import DESIRABLE, KTO
 from dppo.stages.compare import compare
 from dppo.stages.drift import drift
 from dppo.stages.generate import generate
@@ -24,7 +28,7 @@ from dppo.stages.scores import scores
 from dppo.stages.sft import sft
 from dppo.stages.workbench import Workbench
 from dppo.tracking import RunInfo, Tracker
-from dppo.types import Artifact, EncodedExample, Json, Prompt
+from dppo.types import Artifact, EncodedExample, Json, PreferenceExample, Prompt, Split
 
 # Held-out pairs and evaluation prompts are the same for every seed, so that runs can be compared prompt by prompt.
 FIXED = 0
@@ -76,6 +80,7 @@ def run(
 def _stages(
     experiment: Experiment, bench: Workbench, record: results.RunDirectory, tracker: Tracker | None
 ) -> dict[str, Any]:
+    _check_rows(experiment)
     encoder = ChatEncoder(experiment.model.load_tokenizer())
     evaluation = experiment.evaluation
     prompts = _evaluation_prompts(experiment)
@@ -112,7 +117,7 @@ def _stages(
         policy,
         reference,
         encoder.answers(kl_prompts, own),
-        encoder.encode(pairs, None).examples,
+        encoder.encode(pairs, None).examples if pairs else (),
         train,
     )
     _, compared = compare(
@@ -142,19 +147,19 @@ def _phase(
 ) -> Trained:
     """One preference phase: y_gen and reference log-probs if its loss uses them, then training."""
     train, seed = phase.train, experiment.seed
-    pairs = nested_subset(experiment.dataset.pairs("train"), train.n_examples, seed)
-    held_out_pairs = nested_subset(experiment.dataset.pairs("validation"), train.n_evaluation_examples, FIXED)
-    encoded = encoder.encode(pairs, train.max_length, key="train.max_length")
+    rows = nested_subset(_rows(experiment.dataset, phase, "train"), train.n_examples, seed)
+    held_out_rows = nested_subset(_rows(experiment.dataset, phase, "validation"), train.n_evaluation_examples, FIXED)
+    encoded = encoder.encode(rows, train.max_length, key="train.max_length")
     for note in encoded.notes:
         bench.say(f"  {name}: {note}")
-    examples = _seen(encoded.examples, phase, seed)
+    examples = _seen(_shaped(encoded, phase, seed, bench), phase, seed)
     held_out: tuple[EncodedExample, ...] = ()
-    if train.evaluate_every is not None and held_out_pairs:
-        held_out = encoder.encode(held_out_pairs, encoded.max_length).examples
+    if train.evaluate_every is not None and held_out_rows:
+        held_out = encoder.encode(held_out_rows, encoded.max_length).examples
     parents: list[str] = []
     if "generated" in phase.loss.uses_roles:
         wanted = {example.prompt_id for example in (*examples, *held_out)}
-        asked = {pair.prompt.prompt_id: pair.prompt for pair in (*pairs, *held_out_pairs)}
+        asked = {pair.prompt.prompt_id: pair.prompt for pair in (*rows, *held_out_rows)}
         prompts = [prompt for key, prompt in asked.items() if key in wanted]
         store, answers = generate(bench, "y_gen", base, prompts, experiment.generation, encoder)
         parents.append(store.fingerprint)
@@ -177,6 +182,44 @@ def _phase(
         parents=parents,
         encoder=encoder,
     )
+
+
+def _rows(dataset: Dataset, phase: Phase, split: Split) -> list[PreferenceExample]:
+    """The data set's examples in the shape that the phase's loss trains on; a pair serves every loss."""
+    if phase.loss.trains_on == "ranked" and isinstance(dataset, RankedDataset):
+        return dataset.ranked(split)
+    if phase.loss.trains_on == "labelled" and isinstance(dataset, LabelledDataset):
+        return dataset.labelled(split)
+    return dataset.pairs(split)
+
+
+def _check_rows(experiment: Experiment) -> None:
+    """Read what every phase will train on. Raises UserError if it lacks what the phase's loss needs."""
+    for name, phase in experiment.phases.items():
+        if not _rows(experiment.dataset, phase, "train"):
+            raise UserError(
+                f"dataset={type(experiment.dataset).__name__}: has no prompt with a better and a worse answer, which "
+                f"phase {name} needs for loss={phase.loss.name}; choose loss=kto for labelled or loss=rrhf for ranked "
+                "answers, or a data set of pairs"
+            )
+
+
+def _shaped(encoded: EncodedSet, phase: Phase, seed: int, bench: Workbench) -> Sequence[EncodedExample]:
+    """The examples as a loss of labelled answers wants them: one row a prompt, and answers to other prompts."""
+    loss, examples = phase.loss, encoded.examples
+    if not isinstance(loss, KTO):
+        return examples
+    if loss.one_per_prompt:
+        examples = one_row_per_prompt(examples, FIXED)
+    kinds = [response.role in DESIRABLE for example in examples for response in example.responses]
+    if notice := loss.balance(sum(kinds), len(kinds) - sum(kinds)):
+        bench.warn(notice)
+    if not loss.uses_statistics:
+        return examples
+    if loss.z_scope == "micro_batch":
+        first_epoch = batches(examples, phase.train.batch_size, math.ceil(len(examples) / phase.train.batch_size), seed)
+        return with_answers_of_the_row_before(examples, first_epoch, encoded.max_length)
+    return with_answers_to_other_prompts(examples, encoded.max_length, FIXED)
 
 
 def _seen(examples: Sequence[EncodedExample], phase: Phase, seed: int) -> tuple[EncodedExample, ...]:

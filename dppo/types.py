@@ -18,6 +18,7 @@ from torch import Tensor
 
 Role = Literal["chosen", "rejected", "generated", "ranked", "desirable", "undesirable", "mismatched"]
 Split = Literal["train", "validation", "test"]
+Shape = Literal["pairs", "ranked", "labelled"]
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
 
@@ -246,7 +247,7 @@ class LossTerms:
 
     The loss of an optimiser batch is ``sum(value * weight) / sum(weight)`` over all its micro-batches and ranks;
     it is minimised. ``metrics`` are detached per-example values of which the loop logs the mean,
-    ``distributions`` those of which it also logs the 95th percentile.
+    ``distributions`` those of which it also logs the 95th percentile; NaN stands for an example that has none.
     """
 
     value: Tensor  # (M,), differentiable
@@ -270,7 +271,11 @@ class Objective(Protocol):
 
     @property
     def uses_roles(self) -> tuple[Role, ...]:
-        """The responses that every example must have."""
+        """The responses that every example must have, one of each."""
+
+    @property
+    def trains_on(self) -> Shape:
+        """What an example holds: a pair, K ranked answers, or labelled ones; a pair is a case of the other two."""
 
     @property
     def uses_statistics(self) -> bool:
@@ -286,6 +291,10 @@ class StatisticsObjective(Objective, Protocol):
     @property
     def statistics_scope(self) -> Literal["optimiser_batch", "micro_batch"]:
         """Over which examples the statistics are taken, those of all ranks included, and so how often they change."""
+
+    @property
+    def statistics_roles(self) -> tuple[Role, ...]:
+        """The responses that ``partial_statistics`` looks at: with the whole optimiser batch only they are computed."""
 
     def initial_statistics(self) -> Tensor:
         """(S,) fp64, the state before the first optimiser step; saved in checkpoints."""

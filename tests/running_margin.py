@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dppo.types import LossContext, LossTerms, ResponseLogps, Role
+from dppo.types import LossContext, LossTerms, ResponseLogps, Role, Shape
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class RunningMargin:
     uses_reference: ClassVar[bool] = False
     uses_roles: ClassVar[tuple[Role, ...]] = ("chosen", "rejected")
     uses_statistics: ClassVar[bool] = True
+    trains_on: ClassVar[Shape] = "pairs"
+    statistics_roles: ClassVar[tuple[Role, ...]] = ("chosen", "rejected")
     statistics_scope: Literal["optimiser_batch", "micro_batch"] = "optimiser_batch"
 
     def initial_statistics(self) -> Tensor:

@@ -36,7 +36,7 @@ from dppo.losses.pairwise import DPO
 from dppo.losses.penalised import UnLL
 from dppo.losses.penalties import Quadratic
 from dppo.losses.sft import SFT
-from dppo.types import EncodedExample, EncodedResponse, LossContext, LossTerms, Objective, ResponseLogps, Role
+from dppo.types import EncodedExample, EncodedResponse, LossContext, LossTerms, Objective, ResponseLogps, Role, Shape
 from tests import two_ranks
 from tests.running_margin import RunningMargin
 from tests.tiny_models import (
@@ -504,6 +504,7 @@ class Kink:
     uses_reference = False
     uses_roles: tuple[Role, ...] = ("chosen",)
     uses_statistics = False
+    trains_on: Shape = "pairs"
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, context: LossContext) -> LossTerms:
         value = (policy.chosen.sum * 0).sqrt()

@@ -22,3 +22,19 @@ class Dataset(Protocol):
 
     def prompts(self, split: Split) -> list[Prompt]:
         """The prompts to be answered in an evaluation, unique by ``prompt_id``."""
+
+
+@runtime_checkable
+class RankedDataset(Dataset, Protocol):
+    """A data set that also has groups of K ranked answers."""
+
+    def ranked(self, split: Split) -> list[PreferenceExample]:
+        """Groups: each example has two or more ``ranked`` responses with scores."""
+
+
+@runtime_checkable
+class LabelledDataset(Dataset, Protocol):
+    """A data set that also has single answers, labelled desirable or not."""
+
+    def labelled(self, split: Split) -> list[PreferenceExample]:
+        """Answers: each example has one ``desirable`` or ``undesirable`` response."""

@@ -160,7 +160,7 @@ class ChatEncoder:
             if room is not None and room < 1:
                 left_out[f"prompt leaves no room for an answer in {limit:,} tokens"] += 1
                 continue
-            cut = dataclasses.replace(one, responses=tuple(_cut(response, room) for response in one.responses))
+            cut = dataclasses.replace(one, responses=tuple(cut_response(response, room) for response in one.responses))
             chosen, rejected = cut.response("chosen"), cut.response("rejected")
             if chosen is not None and rejected is not None and chosen.token_ids == rejected.token_ids:
                 left_out["chosen and rejected have equal tokens"] += 1
@@ -199,7 +199,7 @@ class ChatEncoder:
                 raise ValueError(f"the generation for prompt {example.prompt_id} has no tokens")
             room = None if max_length is None else max_length - len(example.prompt_ids)
             whole = EncodedResponse(response_id(generation.token_ids), "generated", generation.token_ids)
-            extended.append(dataclasses.replace(example, responses=(*example.responses, _cut(whole, room))))
+            extended.append(dataclasses.replace(example, responses=(*example.responses, cut_response(whole, room))))
         return tuple(extended)
 
     def answers(self, prompts: Sequence[Prompt], generations: Mapping[str, Generation]) -> tuple[EncodedExample, ...]:
@@ -379,7 +379,8 @@ def _longest(example: EncodedExample) -> int:
     return len(example.prompt_ids) + max(len(response.token_ids) for response in example.responses)
 
 
-def _cut(response: EncodedResponse, room: int | None) -> EncodedResponse:
+def cut_response(response: EncodedResponse, room: int | None) -> EncodedResponse:
+    """The response without what is beyond ``room`` tokens; None leaves it whole."""
     if room is None or len(response.token_ids) <= room:
         return response
     token_ids = response.token_ids[:room]

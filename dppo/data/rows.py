@@ -9,10 +9,10 @@ import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from dppo.data import ids
 from dppo.data.draws import share
@@ -91,9 +91,98 @@ class PairColumns:
         )
 
 
+@dataclass(frozen=True)
+class RankedColumns:
+    """Which columns hold a prompt and its K >= 2 ranked answers.
+
+    ``responses`` is a list of texts (or of lists of {role, content} messages as in a pair), ``scores`` a list of as
+    many numbers, larger is better. ``context`` names an optional column of earlier turns, a list of messages that may
+    be empty. Of equal answers to a prompt the first one counts.
+    """
+
+    prompt: str
+    responses: str
+    scores: str
+    context: str | None
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Columns that a file must have."""
+        return (self.prompt, self.responses, self.scores)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Columns that are read where a file has them."""
+        return () if self.context is None else (self.context,)
+
+    def example(self, row: Row, single_turn: bool) -> PreferenceExample:
+        """A group of ranked answers. Raises UnusableRow."""
+        prompt = _with_context(row.get(self.prompt), None if self.context is None else row.get(self.context))
+        answers, scores = _items(row.get(self.responses), "responses"), _items(row.get(self.scores), "scores")
+        if len(answers) != len(scores):
+            raise UnusableRow("scores and responses differ in number")
+        before: tuple[Message, ...] = ()
+        ranked: dict[str, Response] = {}
+        for place, (answer, value) in enumerate(zip(answers, scores, strict=True)):
+            found, text = _split(_continued(prompt, answer, "responses"), single_turn)
+            if place and found != before:
+                raise UnusableRow("responses answer different prompts")
+            before = found
+            score = _number(value, "scores")
+            if score is None:
+                raise UnusableRow("scores has a null")
+            ranked.setdefault(text, Response("ranked", text, score))
+        if len(ranked) < 2:
+            raise UnusableRow("fewer than two different answers")
+        return _example(before, *ranked.values())
+
+
+@dataclass(frozen=True)
+class LabelledColumns:
+    """Which columns hold a prompt, one answer to it, and whether the answer is desirable.
+
+    ``label`` holds true and false (in CSV as words, or 1 and 0).
+    """
+
+    prompt: str | None
+    completion: str
+    label: str
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Columns that a file must have."""
+        return tuple(column for column in (self.prompt, self.completion, self.label) if column is not None)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Columns that are read where a file has them."""
+        return ()
+
+    def example(self, row: Row, single_turn: bool) -> PreferenceExample:
+        """One labelled answer. Raises UnusableRow."""
+        prompt = None if self.prompt is None else row.get(self.prompt)
+        before, answer = _split(_continued(prompt, row.get(self.completion), "completion"), single_turn)
+        label = str(row.get(self.label)).lower()
+        if label not in ("true", "1", "false", "0"):
+            raise UnusableRow("label is not true or false")
+        return _example(before, Response("desirable" if label in ("true", "1") else "undesirable", answer))
+
+
+class Columns(Hashable, Protocol):
+    """Which columns of a file hold an example."""
+
+    @property
+    def needed(self) -> tuple[str, ...]: ...
+
+    @property
+    def optional(self) -> tuple[str, ...]: ...
+
+    def example(self, row: Row, single_turn: bool) -> PreferenceExample: ...
+
+
 def read_examples(
     files: Sequence[Path],
-    columns: ChatColumns | PairColumns,
+    columns: Columns,
     single_turn: bool,
     where: str,
     leave_out: frozenset[str] = frozenset(),
@@ -111,7 +200,7 @@ def read_examples(
 def _read_examples(
     files: tuple[Path, ...],
     stamps: tuple[object, ...],
-    columns: ChatColumns | PairColumns,
+    columns: Columns,
     single_turn: bool,
     where: str,
     leave_out: frozenset[str],
@@ -234,8 +323,25 @@ def _example(messages: tuple[Message, ...], *responses: Response) -> PreferenceE
     return PreferenceExample(ids.example_id(prompt, responses), prompt, responses)
 
 
+def _with_context(prompt: object, context: object) -> object:
+    """A prompt behind its earlier turns."""
+    if context is None or context == []:
+        return prompt
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else conversation(prompt, "prompt")
+    return [{"role": turn.role, "content": turn.content} for turn in (*conversation(context, "context"), *turns)]
+
+
+def _items(value: object, name: str) -> Sequence[object]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise UnusableRow(f"{name} is not a list")
+    return value
+
+
 def _score(row: Row, column: str | None) -> float | None:
-    value = None if column is None else row.get(column)
+    return None if column is None else _number(row.get(column), column)
+
+
+def _number(value: object, column: str) -> float | None:
     if value is None:
         return None
     try:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dppo.errors import UserError
 from dppo.losses.log1mexp import log1mexp
 from dppo.losses.ranges import check_fraction, check_label_smoothing, check_not_negative, check_positive
-from dppo.types import LossContext, LossTerms, ResponseLogps, Role
+from dppo.types import LossContext, LossTerms, ResponseLogps, Role, Shape
 
 
 def reference_of(reference: ResponseLogps | None) -> ResponseLogps:
@@ -72,6 +72,7 @@ class PairwiseLoss(ABC):
     uses_reference: ClassVar[bool]
     uses_roles: ClassVar[tuple[Role, ...]] = ("chosen", "rejected")
     uses_statistics: ClassVar[bool] = False
+    trains_on: ClassVar[Shape] = "pairs"
 
     @abstractmethod
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, context: LossContext) -> LossTerms:
@@ -92,6 +93,11 @@ class PairwiseLoss(ABC):
     def statistics_scope(self) -> Literal["optimiser_batch", "micro_batch"]:
         """Over which examples the statistics are taken, and so how often they are updated."""
         return "optimiser_batch"
+
+    @property
+    def statistics_roles(self) -> tuple[Role, ...]:
+        """The responses that the statistics are taken of."""
+        return self.uses_roles
 
     def initial_statistics(self) -> Tensor:
         """The state before the first step; empty for a loss without statistics."""

@@ -21,7 +21,7 @@ from dppo.losses.log1mexp import is_clamped, log1mexp
 from dppo.losses.pairwise import LogitLoss, PairwiseLoss, generated_after, log_ratio_margin, reference_of
 from dppo.losses.penalties import Penalty
 from dppo.losses.ranges import check_not_negative, check_positive
-from dppo.types import LossContext, LossTerms, ResponseLogps, Role
+from dppo.types import LossContext, LossTerms, ResponseLogps, Role, Shape
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class PenalisedLoss(ABC):
 
     name: ClassVar[str]
     uses_roles: ClassVar[tuple[Role, ...]] = ("chosen", "rejected", "generated")
+    trains_on: ClassVar[Shape] = "pairs"
     alpha: float
     penalty: Penalty
     base: PairwiseLoss
@@ -63,6 +64,10 @@ class PenalisedLoss(ABC):
     @property
     def statistics_scope(self) -> Literal["optimiser_batch", "micro_batch"]:
         return self.base.statistics_scope
+
+    @property
+    def statistics_roles(self) -> tuple[Role, ...]:
+        return self.base.statistics_roles
 
     def initial_statistics(self) -> Tensor:
         return self.base.initial_statistics()

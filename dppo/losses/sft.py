@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dppo.types import LossContext, LossTerms, ResponseLogps, Role
+from dppo.types import LossContext, LossTerms, ResponseLogps, Role, Shape
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class SFT:
     uses_reference: ClassVar[bool] = False
     uses_roles: ClassVar[tuple[Role, ...]] = ("chosen",)
     uses_statistics: ClassVar[bool] = False
+    trains_on: ClassVar[Shape] = "pairs"
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None, context: LossContext) -> LossTerms:
         chosen = policy.chosen

@@ -71,5 +71,5 @@ def _held_out(
         batch = collate(part).to(device)
         for name, values in likelihoods(policy(batch), reference(batch)).items():
             columns.setdefault(name, []).append(values.float().cpu())
-    means = {name: float(torch.cat(values).mean()) for name, values in columns.items()}
+    means = {name: float(torch.cat(values).nanmean()) for name, values in columns.items()}
     return {"n_pairs": len(pairs), **means}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dppo.data.encoding import ChatEncoder
     from dppo.stages.workbench import Workbench
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

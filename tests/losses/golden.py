@@ -18,13 +18,29 @@ from typing import Any
 
 import torch
 
-from dppo.losses import log1mexp, pairwise, penalised, penalties, ranges, sft
+from dppo.losses import log1mexp, pairwise, penalised, penalties, ranges, ranked, sft, unpaired
 from dppo.types import LossTerms, ResponseLogps
 
-from .pairs import A_REFERENCE, B_REFERENCE, A, B, context, logps
+from .pairs import (
+    A_OTHERS,
+    A_OTHERS_REFERENCE,
+    A_REFERENCE,
+    B_OTHERS,
+    B_OTHERS_REFERENCE,
+    B_REFERENCE,
+    A,
+    Answers,
+    B,
+    C,
+    D,
+    Group,
+    context,
+    listed,
+    logps,
+)
 
 # In the order of their imports.
-MODULES = (ranges, log1mexp, sft, pairwise, penalties, penalised)
+MODULES = (ranges, log1mexp, sft, pairwise, penalties, penalised, ranked, unpaired)
 
 
 def classes(modules: Iterable[ModuleType] = MODULES) -> SimpleNamespace:
@@ -36,7 +52,7 @@ def classes(modules: Iterable[ModuleType] = MODULES) -> SimpleNamespace:
 
 @dataclass(frozen=True)
 class Golden:
-    """A loss (built from the namespace of ``classes``) and what it must return for pairs A and B."""
+    """A loss (built from the namespace of ``classes``) and what it must return for pairs A and B, or two others."""
 
     label: str
     build: Callable[[Any], Any]
@@ -49,7 +65,10 @@ class Golden:
     shared_prefix: tuple[int, int] = (0, 0)
     equal_to_chosen: tuple[bool, bool] = (False, False)
     statistics: tuple[float, ...] | None = None
-    statistics_after: tuple[float, ...] | None = None  # updated with a batch of both pairs
+    also: Callable[[Any], None] | None = None  # what else must hold of the loss, such as of its statistics
+    policy: tuple[Answers | Group, Answers | Group] = (A, B)
+    reference: tuple[Answers | Group, Answers | Group] = (A_REFERENCE, B_REFERENCE)
+    scores: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 def nls(x: float) -> float:
@@ -133,6 +152,75 @@ DPO_A, DPO_B = nls(-0.03), nls(0.045)
 UNLL_A = unlikelihood(-0.4, -0.6) / 2
 # the certain token counts as log p = -1e-6
 UNLL_B = unlikelihood(-0.05, -0.25, -1e-6) / 3
+
+
+@cache
+def batch(picked: tuple[int, ...]) -> tuple[ResponseLogps, ResponseLogps]:
+    """Policy and reference log-probs of the picked ones of pairs A (0) and B (1)."""
+    return (
+        logps(*[(A, B)[index] for index in picked]),
+        logps(*[(A_REFERENCE, B_REFERENCE)[index] for index in picked]),
+    )
+
+
+def moments_become(*expected: float, start: tuple[float, ...] = MOMENTS) -> Callable[[Any], None]:
+    """AlphaDPO's ``start`` becomes ``expected`` with a batch of both pairs, whatever the micro-batches."""
+
+    def check_moments(loss: Any) -> None:
+        state = torch.tensor(start, dtype=torch.float64)
+        assert loss.uses_statistics
+        assert loss.initial_statistics().tolist() == [0.0, 0.0, 0.0]
+        for micro_batches in ([(0, 1)], [(0,), (1,)]):
+            totals = sum(loss.partial_statistics(*batch(picked), context(len(picked))) for picked in micro_batches)
+            assert close(loss.update_statistics(state, totals), torch.tensor(expected, dtype=torch.float64))
+        assert torch.equal(loss.update_statistics(state, torch.zeros(3, dtype=torch.float64)), state)
+        # One pair has no deviation; 1, 2, 3 have mean 2 and deviation 1.
+        for totals, mean, deviation in (((1.0, 0.3, 0.09), 0.3, 0.0), ((3.0, 6.0, 14.0), 2.0, 1.0)):
+            after = torch.stack([state[0] + 1, 0.9 * state[1] + 0.1 * mean, 0.9 * state[2] + 0.1 * deviation])
+            assert close(loss.update_statistics(state, torch.tensor(totals, dtype=torch.float64)), after)
+
+    return check_moments
+
+
+def kto(m: Any, **changed: Any) -> Any:
+    own = {"beta": 0.1, "desirable_weight": 1.5, "undesirable_weight": 0.8, "value": "sigmoid", "z0": "kl"}
+    return m.KTO(**{**own, "z_scope": "optimiser_batch", "one_per_prompt": False, **changed})
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def kl_of_answers_to_other_prompts(loss: Any) -> None:
+    """(0.4 + 0.3 - 0.1) / 3 = 0.2 over all rows, at least 0 after the mean; and the weights' balance."""
+    state = torch.tensor([0.7], dtype=torch.float64)
+    assert loss.uses_statistics
+    assert loss.initial_statistics().tolist() == [0.0]
+    ours, theirs = [A_OTHERS, B_OTHERS], [A_OTHERS_REFERENCE, B_OTHERS_REFERENCE]
+    for micro_batches in ([[0, 1]], [[0], [1]]):
+        totals = sum(
+            loss.partial_statistics(
+                # the pairs' own answers have no part in it
+                logps(*[[*listed((A, B)[index]), *ours[index]] for index in picked]),
+                logps(*[[*listed((A_REFERENCE, B_REFERENCE)[index]), *theirs[index]] for index in picked]),
+                context(len(picked)),
+            )
+            for picked in micro_batches
+        )
+        assert close(loss.update_statistics(state, totals), torch.tensor([0.2], dtype=torch.float64))
+    assert loss.update_statistics(state, torch.tensor([-0.3, 3.0], dtype=torch.float64)).tolist() == [0.0]
+    assert loss.update_statistics(state, torch.tensor([0.0, 0.0], dtype=torch.float64)).tolist() == [0.7]
+    # 1.5 n_w / (0.8 n_l): 15 and 28.125 are one, 20 and 28.125 are 4/3
+    assert loss.balance(16, 30) is None
+    assert loss.balance(64, 90) is None
+    assert loss.balance(10, 30) is not None
+    notice = loss.balance(100, 90)
+    assert notice is not None
+    assert "desirable_weight from 0.72 to 0.96" in notice
+
+
+# z = 0.1 * 0.3 = 0.03; beta (s - s^r): A 0.02 and 0.05, B -0.005 and -0.05
+KTO_X = {"A": (0.02 - 0.03, 0.03 - 0.05), "B": (-0.005 - 0.03, 0.03 + 0.05)}
 
 GOLDEN = [
     Golden("sft", lambda m: m.SFT(), (0.75, 0.1), weights=(2.0, 1.0)),
@@ -258,7 +346,7 @@ GOLDEN = [
         rejected_rewards=(-11 / 15, -2.9),
         metrics={"target_margin": (7 / 15, 0.68)},
         statistics=MOMENTS,
-        statistics_after=(3.0, 0.0171 + 0.1 / 15, 0.0855 + 0.1 * 4 / 15 / math.sqrt(2)),
+        also=moments_become(3.0, 0.0171 + 0.1 / 15, 0.0855 + 0.1 * 4 / 15 / math.sqrt(2)),
     ),
     Golden(
         "alpha_dpo bias_correction=false",
@@ -272,7 +360,7 @@ GOLDEN = [
         alpha_dpo,
         (nls(-5 / 6 - 0.6), nls(2.2)),
         statistics=(0.0, 0.0, 0.0),
-        statistics_after=(1.0, 0.1 / 15, 0.1 * 4 / 15 / math.sqrt(2)),
+        also=moments_become(1.0, 0.1 / 15, 0.1 * 4 / 15 / math.sqrt(2), start=(0.0, 0.0, 0.0)),
     ),
     # 0.2 * 0.25 * -0.5; B's gate is closed
     Golden(
@@ -408,7 +496,7 @@ GOLDEN = [
         lambda m: conll(m, base=alpha_dpo(m)),
         (nls(-1.3 + 0.035), nls(2.12)),
         statistics=MOMENTS,
-        statistics_after=(3.0, 0.0171 + 0.1 / 15, 0.0855 + 0.1 * 4 / 15 / math.sqrt(2)),
+        also=moments_become(3.0, 0.0171 + 0.1 / 15, 0.0855 + 0.1 * 4 / 15 / math.sqrt(2)),
     ),
     Golden("unll on ipo", lambda m: unll(m, base=ipo(m)), ((31 / 15) ** 2 + 0.05 * UNLL_A, 3.24)),
     # 0.05 * (2 / 0.5) * -log sigmoid(0.5 * 0.7)
@@ -422,41 +510,120 @@ GOLDEN = [
     ),
     # 0.05 * (2 / 0.5) * -log sigmoid(0.5 * 0.5 - 0.3)
     Golden("simnpo", simnpo, (DPO_A + 0.2 * nls(-0.05), DPO_B)),
+    # C: of the pairs ranked by score only (third, first) is wrong: -0.1 + 0.3; + 0.5 * 0.6
+    # D: first above the third and fourth by score, but 0.7 and 0.6 below; the second is above both; + 0.5 * 1
+    Golden(
+        "rrhf",
+        lambda m: m.RRHF(lambda_=0.5),
+        (0.5, 1.8),
+        policy=(C, D),
+        scores=((3.0, 1.0, 2.0), (2.0, 2.0, 0.5, 0.5)),
+        chosen_rewards=(-0.3, -1.0),
+        rejected_rewards=(-0.5, -0.3),
+        metrics={"ranked_accuracy": (2 / 3, 0.5), "n_ranked_pairs": (3.0, 4.0)},
+    ),
+    # all tied: only 0.5 * 0.6; equal m of unequal scores count 1/2
+    Golden(
+        "rrhf ties",
+        lambda m: m.RRHF(lambda_=0.5),
+        (0.3, 0.2),
+        policy=(C, [("ranked", [-0.4]), ("ranked", [-0.4])]),
+        scores=((1.0, 1.0, 1.0), (1.0, 0.0)),
+        metrics={"ranked_accuracy": (math.nan, 0.5), "n_ranked_pairs": (0.0, 1.0)},
+    ),
+    # pairs: A max(0, -1/3 + 3/4) + 0.5 * 1.5; B 0 + 0.5 * 0.1
+    Golden(
+        "rrhf on pairs",
+        lambda m: m.RRHF(lambda_=0.5),
+        (5 / 12 + 0.75, 0.05),
+        policy=({"rejected": A["rejected"], "chosen": A["chosen"]}, {"chosen": B["chosen"], "rejected": B["rejected"]}),
+        chosen_rewards=(-0.75, -0.1),
+        rejected_rewards=(-1 / 3, -1.5),
+    ),
+    # 1 - sigmoid(x) = sigmoid(-x)
+    Golden(
+        "kto",
+        kto,
+        (
+            (1.5 * sigmoid(-KTO_X["A"][0]) + 0.8 * sigmoid(-KTO_X["A"][1])) / 2,
+            (1.5 * sigmoid(-KTO_X["B"][0]) + 0.8 * sigmoid(-KTO_X["B"][1])) / 2,
+        ),
+        weights=(2.0, 2.0),
+        statistics=(0.3,),
+        chosen_rewards=(0.02, -0.005),
+        rejected_rewards=(0.05, -0.05),
+        metrics={"kl": (0.3, 0.3)},
+        also=kl_of_answers_to_other_prompts,
+    ),
+    Golden(
+        "kto value=log_sigmoid",
+        lambda m: kto(m, value="log_sigmoid"),
+        (
+            (1.5 * nls(KTO_X["A"][0]) + 0.8 * nls(KTO_X["A"][1])) / 2,
+            (1.5 * nls(KTO_X["B"][0]) + 0.8 * nls(KTO_X["B"][1])) / 2,
+        ),
+        weights=(2.0, 2.0),
+        statistics=(0.3,),
+    ),
+    # (-1.5 * -0.01 - 0.8 * -0.02) / 2; (-1.5 * -0.035 - 0.8 * 0.08) / 2
+    Golden(
+        "kto value=identity",
+        lambda m: kto(m, value="identity"),
+        (0.0155, -0.00575),
+        weights=(2.0, 2.0),
+        statistics=(0.3,),
+    ),
+    Golden(
+        "kto z0=zero",
+        lambda m: kto(m, z0="zero"),
+        ((1.5 * sigmoid(-0.02) + 0.8 * sigmoid(0.05)) / 2, (1.5 * sigmoid(0.005) + 0.8 * sigmoid(-0.05)) / 2),
+        weights=(2.0, 2.0),
+        metrics={"kl": (0.0, 0.0)},
+    ),
+    # single answers: A's chosen one desirable, B's rejected one undesirable; the other kind has no reward
+    Golden(
+        "kto on labelled answers",
+        kto,
+        (1.5 * sigmoid(-KTO_X["A"][0]), 0.8 * sigmoid(-KTO_X["B"][1])),
+        policy=({"desirable": A["chosen"]}, [("mismatched", [-0.3]), ("undesirable", B["rejected"])]),
+        reference=(
+            {"desirable": A_REFERENCE["chosen"]},
+            [("mismatched", [-0.4]), ("undesirable", B_REFERENCE["rejected"])],
+        ),
+        statistics=(0.3,),
+        chosen_rewards=(0.02, math.nan),
+        rejected_rewards=(math.nan, -0.05),
+    ),
 ]
 
 
-@cache
-def batch(picked: tuple[int, ...]) -> tuple[ResponseLogps, ResponseLogps]:
-    """Policy and reference log-probs of the picked ones of pairs A (0) and B (1)."""
-    return (
-        logps(*[(A, B)[index] for index in picked]),
-        logps(*[(A_REFERENCE, B_REFERENCE)[index] for index in picked]),
-    )
-
-
 def run(golden: Golden, m: Any, picked: tuple[int, ...]) -> LossTerms:
-    """The terms of ``golden``'s loss for a batch of the picked ones of pairs A (0) and B (1)."""
-    policy, reference = batch(picked)
+    """The terms of ``golden``'s loss for a batch of the picked ones of its two examples."""
     loss = golden.build(m)
+    policy = logps(*[golden.policy[index] for index in picked])
+    scores = [math.nan] * len(policy.roles)
+    if golden.scores is not None:
+        scores = [one for index in picked for one in golden.scores[index]]
     terms: LossTerms = loss(
         policy,
-        reference if loss.uses_reference else None,
+        logps(*[golden.reference[index] for index in picked]) if loss.uses_reference else None,
         context(
             len(picked),
             shared_prefix=[golden.shared_prefix[index] for index in picked],
             equal_to_chosen=[golden.equal_to_chosen[index] for index in picked],
             statistics=None if golden.statistics is None else torch.tensor(golden.statistics, dtype=torch.float64),
+            scores=scores,
         ),
     )
     return terms
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return found.dtype == wanted.dtype and torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
+    return found.dtype == wanted.dtype and torch.allclose(found, wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def check(golden: Golden, m: Any, picked: tuple[int, ...]) -> None:
-    """Raise AssertionError unless the loss returns what ``golden`` says for a batch of the picked pairs."""
+    """Raise AssertionError unless the loss returns what ``golden`` says for a batch of the picked examples."""
     terms = run(golden, m, picked)
 
     def same(found: torch.Tensor, expected: tuple[float, float]) -> None:
@@ -473,22 +640,5 @@ def check(golden: Golden, m: Any, picked: tuple[int, ...]) -> None:
         same(terms.metrics[name], expected)
     for name, expected in (golden.distributions or {}).items():
         same(terms.distributions[name], expected)
-    if golden.statistics_after is not None:
-        check_statistics(golden, m)
-
-
-def check_statistics(golden: Golden, m: Any) -> None:
-    """Raise AssertionError unless the statistics become what ``golden`` says, whatever the micro-batches."""
-    loss = golden.build(m)
-    state = torch.tensor(golden.statistics, dtype=torch.float64)
-    assert loss.uses_statistics
-    assert loss.initial_statistics().tolist() == [0.0, 0.0, 0.0]
-    for micro_batches in ([(0, 1)], [(0,), (1,)]):
-        totals = sum(loss.partial_statistics(*batch(picked), context(len(picked))) for picked in micro_batches)
-        after = torch.tensor(golden.statistics_after, dtype=torch.float64)
-        assert close(loss.update_statistics(state, totals), after)
-    assert torch.equal(loss.update_statistics(state, torch.zeros(3, dtype=torch.float64)), state)
-    # One pair has no deviation; 1, 2, 3 have mean 2 and deviation 1.
-    for totals, mean, deviation in (((1.0, 0.3, 0.09), 0.3, 0.0), ((3.0, 6.0, 14.0), 2.0, 1.0)):
-        after = torch.stack([state[0] + 1, 0.9 * state[1] + 0.1 * mean, 0.9 * state[2] + 0.1 * deviation])
-        assert close(loss.update_statistics(state, torch.tensor(totals, dtype=torch.float64)), after)
+    if golden.also is not None:
+        golden.also(golden.build(m))

@@ -8,7 +8,9 @@ import torch
 
 from dppo.types import LossContext, ResponseLogps, Role
 
-Answers = Mapping[Role, Sequence[float]]  # token log-probs of the answers to one prompt
+# Token log-probs of the answers to one prompt; as (role, tokens) where a role has several answers.
+Answers = Mapping[Role, Sequence[float]]
+Group = Sequence[tuple[Role, Sequence[float]]]
 
 # Pair A: ranked wrongly. s_w = -1.5 (2 tokens), s_l = -1.0 (3 tokens), s_g = -1.0 (2 tokens): r = -0.5.
 A: Answers = {"chosen": [-0.5, -1.0], "rejected": [-0.2, -0.3, -0.5], "generated": [-0.4, -0.6]}
@@ -20,9 +22,20 @@ B: Answers = {"chosen": [-0.1], "rejected": [-1.0, -2.0], "generated": [-0.05, -
 B_REFERENCE: Answers = {"chosen": [-0.05], "rejected": [-1.5, -1.0], "generated": [-0.2, -0.2, -0.2]}
 
 
-def logps(*examples: Answers, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> ResponseLogps:
+# Group C: m -0.3, -0.5, -0.1; s of the first is -0.6. Scores 3, 1, 2.
+C: Group = [("ranked", [-0.2, -0.4]), ("ranked", [-0.5]), ("ranked", [-0.05, -0.1, -0.15])]
+# Group D: m -1, -0.2, -0.3, -0.4; scores 2, 2, 0.5, 0.5.
+D: Group = [("ranked", [-1.0]), ("ranked", [-0.2, -0.2]), ("ranked", [-0.3]), ("ranked", [-0.6, -0.2])]
+# Answers to other prompts, for the pairs: s - s^r is 0.4 and 0.3 for A, -0.1 for B; their mean is 0.2.
+A_OTHERS: Group = [("mismatched", [-0.5, -0.6]), ("mismatched", [-0.7])]
+A_OTHERS_REFERENCE: Group = [("mismatched", [-0.7, -0.8]), ("mismatched", [-1.0])]
+B_OTHERS: Group = [("mismatched", [-0.6])]
+B_OTHERS_REFERENCE: Group = [("mismatched", [-0.5])]
+
+
+def logps(*examples: Answers | Group, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> ResponseLogps:
     """One flat batch from the token log-probs of each example's answers."""
-    answers = [(index, role, tokens) for index, example in enumerate(examples) for role, tokens in example.items()]
+    answers = [(index, role, tokens) for index, example in enumerate(examples) for role, tokens in listed(example)]
     return ResponseLogps(
         tokens=torch.tensor(
             [value for _, _, tokens in answers for value in tokens], dtype=dtype, requires_grad=requires_grad
@@ -34,6 +47,11 @@ def logps(*examples: Answers, dtype: torch.dtype = torch.float64, requires_grad:
     )
 
 
+def listed(example: Answers | Group) -> Group:
+    """The answers of an example as (role, tokens)."""
+    return list(example.items()) if isinstance(example, Mapping) else example
+
+
 def context(
     n_examples: int,
     *,
@@ -41,10 +59,11 @@ def context(
     shared_prefix: Sequence[int] | None = None,
     equal_to_chosen: Sequence[bool] | None = None,
     statistics: torch.Tensor | None = None,
+    scores: Sequence[float] | None = None,
 ) -> LossContext:
     """A context without anything special about its examples, unless said; pairs A and B have 1.5 chosen tokens."""
     return LossContext(
-        scores=torch.full((3 * n_examples,), torch.nan),
+        scores=torch.full((3 * n_examples,), torch.nan) if scores is None else torch.tensor(scores),
         shared_prefix=torch.tensor(shared_prefix or [0] * n_examples),
         equal_to_chosen=torch.tensor(equal_to_chosen or [False] * n_examples),
         mean_chosen_tokens=mean_chosen_tokens,

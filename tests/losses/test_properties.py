@@ -74,6 +74,9 @@ LOSSES: dict[str, Any] = {
     **{name: build(M) for name, build in BASES.items()},
     **{name: penalised(name) for name in ADDITIVE},
     **{f"conll on {base}": penalised("conll", base) for base in CONLL_BASES},
+    "kto": golden.kto(M),
+    "kto log_sigmoid": golden.kto(M, value="log_sigmoid"),
+    "kto z0=zero": golden.kto(M, z0="zero"),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
@@ -102,7 +105,8 @@ def batches(draw: st.DrawFn) -> tuple[list[Answers], list[Answers]]:
 
 
 def context_for(loss: Any, n_examples: int, **changed: Any) -> LossContext:
-    statistics = torch.tensor(MOMENTS, dtype=torch.float64) if loss.uses_statistics else None
+    kept = {0: None, 1: (0.3,), 3: MOMENTS}[len(loss.initial_statistics()) if loss.uses_statistics else 0]
+    statistics = None if kept is None else torch.tensor(kept, dtype=torch.float64)
     return context(n_examples, statistics=statistics, **changed)
 
 
@@ -122,8 +126,9 @@ def margins(examples: Sequence[Answers]) -> torch.Tensor:
 def test_is_an_objective_that_needs_no_more_than_it_declares(loss: Any) -> None:
     assert isinstance(loss, Objective)
     assert isinstance(loss, StatisticsObjective) or not loss.uses_statistics
+    roles = loss.uses_roles or ("chosen", "rejected")  # a pair serves losses of labelled answers
     policy, reference = (
-        logps(*[{role: values for role, values in example.items() if role in loss.uses_roles} for example in examples])
+        logps(*[{role: values for role, values in example.items() if role in roles} for example in examples])
         for examples in ((A, B), (A_REFERENCE, B_REFERENCE))
     )
     given_context = context_for(loss, 2)
@@ -137,9 +142,10 @@ def test_is_an_objective_that_needs_no_more_than_it_declares(loss: Any) -> None:
             loss(short, short, context_for(loss, 1))
 
 
-def test_statistics_are_refused_when_missing() -> None:
+@pytest.mark.parametrize("build", [golden.alpha_dpo, golden.kto])
+def test_statistics_are_refused_when_missing(build: Build) -> None:
     with pytest.raises(ValueError, match="uses_statistics"):
-        golden.alpha_dpo(M)(logps(A), logps(A_REFERENCE), context(1))
+        build(M)(logps(A), logps(A_REFERENCE), context(1))
 
 
 @every_loss
@@ -219,6 +225,20 @@ def test_values_at_policy_equal_to_reference(examples: list[Answers]) -> None:
     torch.testing.assert_close(terms(npo, both, both).value, ln2 + 4 * math.log(2) * wrong)
 
 
+@quick
+@given(batches())
+def test_kto_is_half_its_weight_at_the_reference_and_never_above_its_larger_weight(
+    batch: tuple[list[Answers], list[Answers]],
+) -> None:
+    n_examples = len(batch[0])
+    at_start = context(n_examples, statistics=torch.zeros(1, dtype=torch.float64))
+    both = logps(*batch[0])
+    for value, wanted in (("sigmoid", 0.575), ("log_sigmoid", 1.15 * math.log(2)), ("identity", 0.0)):
+        found = golden.kto(M, value=value)(both, both, at_start).value  # mean weight 1.15
+        torch.testing.assert_close(found, torch.full((n_examples,), wanted, dtype=torch.float64))
+    assert bool((terms(golden.kto(M), both, logps(*batch[1])).value <= 1.5).all())
+
+
 def test_r_dpo_is_ln_2_at_the_reference_for_equal_lengths_only() -> None:
     equal: Answers = {"chosen": [-0.5, -0.1], "rejected": [-0.2, -0.9]}
     both = logps(equal, A)
@@ -260,6 +280,34 @@ def test_descent_raises_chosen_and_lowers_rejected_answers(
             assert bool((slope < 0).all())
         for slope in slopes(loss, *batch, "rejected"):
             assert bool((slope >= 0).all()) if name == "slic" else bool((slope > 0).all())
+
+
+@pytest.mark.parametrize("changed", [{}, {"value": "log_sigmoid"}, {"value": "identity"}, {"z0": "zero"}])
+@quick
+@given(batches())
+def test_kto_raises_desirable_and_lowers_undesirable_answers_and_nothing_else(
+    changed: dict[str, Any], batch: tuple[list[Answers], list[Answers]]
+) -> None:
+    loss = golden.kto(M, **changed)
+    assert all(bool((slope < 0).all()) for slope in slopes(loss, *batch, "chosen"))
+    assert all(bool((slope > 0).all()) for slope in slopes(loss, *batch, "rejected"))
+    assert all(bool((slope == 0).all()) for slope in slopes(loss, *batch, "generated"))
+    labels: dict[Role, Role] = {"chosen": "desirable", "rejected": "undesirable"}
+    single, references = (
+        logps(*[[(label, example[role])] for example in examples for role, label in labels.items()])
+        for examples in batch
+    )
+    apart, together = terms(loss, single, references), terms(loss, logps(*batch[0]), logps(*batch[1]))
+    torch.testing.assert_close(  # the mean over all rows is the same, each one its own example or not
+        (apart.value * apart.weight).sum() / apart.weight.sum(),
+        (together.value * together.weight).sum() / together.weight.sum(),
+    )
+
+
+def test_kto_refuses_an_example_without_an_answer_of_its_own() -> None:
+    both = logps([("mismatched", [-0.5])], A)
+    with pytest.raises(ValueError, match="every example needs"):
+        terms(golden.kto(M), both, both)
 
 
 @quick
@@ -388,6 +436,9 @@ def test_penalised_gradients_are_derivatives(name: str, penalty: Penalty, margin
         lambda m: penalised("unll", detach=False, level="token_sum", mask_shared_prefix=True),
         lambda m: penalised("minll", detach=False, reduction="sum"),
         lambda m: m.SFT(),
+        golden.kto,
+        lambda m: golden.kto(m, value="log_sigmoid", z0="zero"),
+        lambda m: golden.kto(m, value="identity"),
     ],
 )
 def test_gradients_are_derivatives(build: Build) -> None:
@@ -482,6 +533,82 @@ def test_is_finite_for_certain_and_impossible_tokens() -> None:
         logged = [*found.rewards.values(), *found.metrics.values(), *found.distributions.values()]
         for tensor in (found.value, gradient, *logged):
             assert bool(torch.isfinite(tensor).all()), loss
+
+
+# --- ranked answers --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[list[list[float]], list[float]]:
+    """K answers and their scores, ties among them."""
+    answers = draw(st.lists(tokens, min_size=2, max_size=6))
+    return answers, [float(draw(st.integers(-2, 2))) for _ in answers]
+
+
+def ranked_terms(groups: Sequence[tuple[Sequence[Sequence[float]], Sequence[float]]]) -> LossTerms:
+    policy = logps(*[[("ranked", answer) for answer in answers] for answers, _ in groups])
+    scores = [score for _, given_scores in groups for score in given_scores]
+    found: LossTerms = M.RRHF(lambda_=0.5)(policy, None, context(len(groups), scores=scores))
+    return found
+
+
+@quick
+@given(st.lists(groups(), min_size=1, max_size=3), st.data())
+def test_rrhf_knows_groups_alone_in_any_order_and_scores_by_their_order_only(
+    batch: list[tuple[list[list[float]], list[float]]], data: st.DataObject
+) -> None:
+    together = ranked_terms(batch).value
+    assert bool((together >= 0).all())
+    torch.testing.assert_close(ranked_terms(batch[::-1]).value.flip(0), together, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ranked_terms(batch[:1]).value[0], together[0], rtol=1e-12, atol=1e-12)
+    stretched = [(answers, [math.exp(3 * score) - 7 for score in scores]) for answers, scores in batch]
+    assert torch.equal(ranked_terms(stretched).value, together)
+    answers, scores = batch[0]
+    if scores.count(max(scores)) == 1:
+        order = data.draw(st.permutations(range(len(scores))))
+        turned = [([answers[place] for place in order], [scores[place] for place in order])]
+        torch.testing.assert_close(ranked_terms(turned).value[0], together[0], rtol=1e-12, atol=1e-12)
+
+
+@quick
+@given(groups())
+def test_rrhf_raises_the_best_and_never_the_worst_answer(group: tuple[list[list[float]], list[float]]) -> None:
+    answers, scores = group
+    policy = logps([("ranked", answer) for answer in answers], requires_grad=True)
+    value = M.RRHF(lambda_=0.5)(policy, None, context(1, scores=scores)).value
+    slope = gradients(value, policy, "ranked")
+    assert bool((slope[scores.index(max(scores))] <= -0.5).all())
+    if min(scores) < max(scores):
+        assert bool((slope[scores.index(min(scores))] >= 0).all())
+
+
+def test_rrhf_of_two_is_its_formula_on_a_pair() -> None:
+    """A group of two with the better score on the chosen answer, and the pair itself."""
+    as_group = ranked_terms([((A["chosen"], A["rejected"]), (0.2, 0.1)), ((B["chosen"], B["rejected"]), (5.0, -5.0))])
+    pairs = logps(*[[(role, example[role]) for role in ("chosen", "rejected")] for example in (A, B)])
+    as_pair = M.RRHF(lambda_=0.5)(pairs, None, context(2, scores=[math.nan] * 4))
+    assert torch.equal(as_group.value, as_pair.value)
+    with pytest.raises(ValueError, match="must be ranked"):
+        M.RRHF(lambda_=0.5)(logps(A), None, context(1))
+    with pytest.raises(ValueError, match="must be ranked"):
+        ranked_terms([(([-0.1], [-0.2]), (1.0, math.nan))])
+
+
+def test_rrhf_is_finite_at_the_ends_and_differentiable_elsewhere() -> None:
+    ends = list(itertools.product([[0.0] * 3, [-1e4] * 9], repeat=2))
+    policy = logps(*[[("ranked", answer) for answer in answers] for answers in ends], requires_grad=True)
+    found = M.RRHF(lambda_=0.5)(policy, None, context(len(ends), scores=[0.0, 1.0] * len(ends)))
+    (gradient,) = torch.autograd.grad(found.value.sum(), policy.tokens)
+    assert bool(torch.isfinite(found.value).all())
+    assert bool(torch.isfinite(gradient).all())
+    smooth = logps([("ranked", answer) for answer in ([-0.2, -0.4], [-0.5], [-0.05, -0.1])], requires_grad=True)
+
+    def value(given_tokens: torch.Tensor) -> torch.Tensor:
+        changed = dataclasses.replace(smooth, tokens=given_tokens)
+        found: torch.Tensor = M.RRHF(lambda_=0.5)(changed, None, context(1, scores=[3.0, 1.0, 2.0])).value
+        return found
+
+    assert torch.autograd.gradcheck(value, smooth.tokens)
 
 
 # --- the penalties alone ---------------------------------------------------------------------------------------------
