@@ -164,9 +164,9 @@ class Accumulated:
             margin = terms.rewards["chosen"] - terms.rewards["rejected"]
             columns |= {"rewards/margins": margin, "rewards/accuracies": _share_positive(margin)}
         for name, values in columns.items():
-            self.columns.setdefault(name, []).append(values.detach().float().cpu())
+            self.columns.setdefault(name, []).append(values.detach().double().cpu())
         for name, values in terms.distributions.items():
-            self.distributions.setdefault(name, []).append(values.detach().float().cpu())
+            self.distributions.setdefault(name, []).append(values.detach().double().cpu())
 
     def metrics(self) -> Metrics:
         """Means over the examples that have a value, and the 95th percentile of what is a distribution."""

@@ -198,6 +198,8 @@ def _objective(result: Mapping[str, Any], path: str) -> float:
         return -math.inf if path.startswith(("reward", "held_out.log")) else 0.0
     found: Any = result
     for key in path.split("."):
+        if key not in found:
+            raise UserError(f"objectives=[{path}]: this run has no such number, its data set holds no pairs")
         found = found[key]
     return float(found)
 
@@ -306,12 +308,10 @@ def summary(result: Mapping[str, Any], directory: Path) -> list[str]:
             ("answer tokens", _both({who: length[who]["tokens"] for who in length}, "{:.1f}")),
             ("ended by itself", _both({who: length[who]["end_of_turn_rate"] for who in length}, "{:.1%}")),
             ("KL to SFT", f"{kl['nats_per_token']:.4f} nats a token, {kl['nats_per_answer']:.3f} an answer"),
-            (
-                "held-out accuracy",
-                f"{result['held_out']['accuracy']:.3f} (to SFT {result['held_out']['accuracy_to_reference']:.3f}), "
-                f"n = {result['held_out']['n_pairs']} pairs",
-            ),
         ]
+        if (held_out := result["held_out"])["n_pairs"]:
+            accuracies = f"{held_out['accuracy']:.3f} (to SFT {held_out['accuracy_to_reference']:.3f})"
+            rows.append(("held-out accuracy", f"{accuracies}, n = {held_out['n_pairs']} pairs"))
         lines.append(f"policy against SFT on {rate['n']} {result['split']} prompts, 95 % intervals")
         lines += [f"  {name:<22}{value}" for name, value in rows]
     seconds = [f"{item['stage']} {item['seconds']:.1f}" for item in result["timings"]["stages"] if not item["reused"]]

@@ -29,15 +29,30 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 from dppo import loop
 from dppo.batches import batches, collate
 from dppo.config import LoraSettings, TrainSettings
+from dppo.data.shapes import with_answers_to_other_prompts
 from dppo.errors import UserError
 from dppo.logps import ResponseScorer
-from dppo.loop import Interrupted, Metrics, Outcome, ReferenceLogps, checkpoint_step, learning_rate, n_steps, train
+from dppo.loop import (
+    Interrupted,
+    Metrics,
+    Outcome,
+    ReferenceLogps,
+    checkpoint_step,
+    context_of,
+    learning_rate,
+    likelihoods,
+    n_steps,
+    stored_logps,
+    train,
+)
 from dppo.losses.pairwise import DPO
 from dppo.losses.penalised import UnLL
-from dppo.losses.penalties import Quadratic
+from dppo.losses.penalties import Linear, Quadratic
 from dppo.losses.sft import SFT
+from dppo.losses.unpaired import KTO
 from dppo.types import EncodedExample, EncodedResponse, LossContext, LossTerms, Objective, ResponseLogps, Role, Shape
 from tests import two_ranks
+from tests.losses.pairs import logps
 from tests.running_margin import RunningMargin
 from tests.tiny_models import (
     VOCABULARY,
@@ -341,7 +356,7 @@ def test_evaluation_does_not_disturb_training(tmp_path: Path) -> None:
         run(SFT(), train_settings(dropout=0.2, evaluate_every=every), held_out=HELD_OUT)
         runs.append(run)
     same(runs[1].weights, runs[0].weights)
-    assert [row["step"] for row in runs[1].rows if "eval/loss" in row] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in runs[1].rows if "eval/loss" in row] == [0, 1, 2, 3, 4, 5]
 
 
 def test_bf16_keeps_weights_and_log_softmax_in_fp32(tmp_path: Path) -> None:
@@ -449,7 +464,7 @@ def test_statistics_are_those_of_the_whole_optimiser_batch(tmp_path: Path) -> No
     # By hand: the state before the first step is 0, and the loss sees the state that this batch has moved.
     batch = next(batches(EXAMPLES, 4, 1, seed=7))
     found = ResponseScorer(llama(), "padded")(collate(batch))
-    assert rows[0]["train/average"] == pytest.approx(0.5 * (found.chosen.mean - found.rejected.mean).mean().item())
+    assert rows[1]["train/average"] == pytest.approx(0.5 * (found.chosen.mean - found.rejected.mean).mean().item())
     # Evaluation takes the state as it is.
     assert (rows[-1]["eval/updates"], rows[-1]["eval/average"]) == (5, rows[-2]["train/average"])
 
@@ -466,6 +481,160 @@ def test_statistics_of_micro_batches_follow_each_of_them(tmp_path: Path) -> None
     apart(RunningMargin("micro_batch"), train_settings(tokens_per_micro_batch=1))
     assert [row["train/updates"] for row in apart.rows] == pytest.approx([2.5, 6.5, 9.5, 12.5, 16.5])  # 4 4 2 4 4
     assert moved(apart.weights, whole.weights) > 1e-3
+
+
+KTO_SETTINGS: dict[str, Any] = {"beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.0, "value": "sigmoid"}
+
+
+def kto(**changed: Any) -> KTO:
+    return KTO(**{**KTO_SETTINGS, "z0": "kl", "z_scope": "optimiser_batch", "one_per_prompt": False, **changed})
+
+
+def test_kto_takes_z_from_answers_to_other_prompts_of_the_whole_batch(tmp_path: Path) -> None:
+    """By hand: KL is the mean of s(y'|x) - s^r(y'|x) over the batch, and z = beta max(0, KL)."""
+    examples = with_answers_to_other_prompts(EXAMPLES, None, seed=0)
+    reference = stored(llama(seed=5), [*examples, *HELD_OUT])
+    runs = {}
+    for budget in (1, 1_000_000):
+        runs[budget] = Run(tmp_path / str(budget), llama())
+        settings = train_settings(tokens_per_micro_batch=budget, evaluate_every=5)
+        runs[budget](kto(), settings, examples=examples, reference=reference, held_out=HELD_OUT)
+    close(runs[1].weights, runs[1_000_000].weights, 1e-9)
+    batch = next(batches(examples, 4, 1, seed=7))
+    with torch.no_grad():
+        own = ResponseScorer(llama(), "padded")(collate(batch))
+        theirs = ResponseScorer(llama(seed=5), "padded")(collate(batch))
+    gaps = own.sum - theirs.sum
+    kl = float(torch.stack([gap for gap, role in zip(gaps, own.roles, strict=True) if role == "mismatched"]).mean())
+    rows = {row["step"]: row for row in runs[1].rows if "train/kl" in row}
+    assert rows[1]["train/kl"] == pytest.approx(max(0.0, kl))
+    assert any(row["train/kl"] > 0 for row in rows.values())
+    x = [0.5 * float(gap) - 0.5 * max(0.0, kl) for gap in gaps]
+    values = [
+        1 / (1 + math.exp(one if role == "chosen" else -one))
+        for one, role in zip(x, own.roles, strict=True)
+        if role != "mismatched"
+    ]
+    assert rows[1]["train/loss"] == pytest.approx(sum(values) / 8)
+    # Answers to other prompts are computed without gradients, and not at all in the pass that has some.
+    kept = sum(len(one.prompt_ids) + sum(len(r.token_ids) for r in one.responses[:2]) for one in batch)
+    assert rows[1]["train/computed_tokens"] == kept
+    assert runs[1].rows[-1]["eval/kl"] == rows[5]["train/kl"]  # frozen
+
+
+def test_kto_of_micro_batches_is_kto_of_the_batch_where_there_is_one(tmp_path: Path) -> None:
+    examples = with_answers_to_other_prompts(EXAMPLES, None, seed=0)
+    reference = stored(llama(seed=5), examples)
+    whole, one, each = (Run(tmp_path / name, llama()) for name in ("whole", "one", "each"))
+    whole(kto(), train_settings(), examples=examples, reference=reference)
+    one(kto(z_scope="micro_batch"), train_settings(), examples=examples, reference=reference)
+    close(one.weights, whole.weights, 1e-9)
+    cut = train_settings(tokens_per_micro_batch=1)
+    each(kto(z_scope="micro_batch"), cut, examples=examples, reference=reference)
+    assert moved(each.weights, whole.weights) > 1e-6
+
+
+# --- what is logged ------------------------------------------------------------------------------------------------
+
+
+def test_log_probs_are_logged_as_change_from_step_0_also_after_an_interruption(tmp_path: Path) -> None:
+    settings = train_settings(evaluate_every=2)
+    whole = Run(tmp_path / "whole", llama())
+    whole(LOSSES["sft"], settings, held_out=HELD_OUT)
+    evaluated = [row for row in whole.rows if "eval/loss" in row]
+    assert [row["step"] for row in evaluated] == [0, 2, 4, 5]
+    start = own_log_probs(llama(), [dataclasses.replace(one, responses=one.responses[:1]) for one in HELD_OUT])
+    assert evaluated[0]["eval/logps/chosen"] == pytest.approx(float(start.sum()) / len(HELD_OUT))
+    assert not any("logps_change" in name for name in evaluated[0])
+    for row in evaluated[1:]:
+        for name in ("chosen", "chosen_per_token", "rejected", "rejected_per_token"):
+            change = row[f"eval/logps/{name}"] - evaluated[0][f"eval/logps/{name}"]
+            assert row[f"eval/logps_change/{name}"] == pytest.approx(change)
+            assert change != 0
+
+    def stop(row: Metrics) -> None:
+        if row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    broken = Run(tmp_path / "broken", llama(), on_log=stop)
+    with pytest.raises(Interrupted):
+        broken(LOSSES["sft"], settings, held_out=HELD_OUT)
+    again = Run(tmp_path / "broken", llama())
+    again(LOSSES["sft"], settings, held_out=HELD_OUT)
+    assert again.values[-1] == whole.values[-1]
+
+
+def test_what_an_example_lacks_is_left_out_of_means() -> None:
+    """Log-probs by hand for a chosen answer alone, two desirable ones, and an undesirable one."""
+    policy = logps(
+        {"chosen": [-0.5, -1.5]},
+        [("desirable", [-1.0]), ("desirable", [-3.0])],
+        [("undesirable", [-4.0]), ("mismatched", [-9.0])],
+    )
+    reference = dataclasses.replace(policy, tokens=policy.tokens * 2)
+    found = likelihoods(policy, reference)
+    nan = math.nan
+    expected = {
+        "logps/chosen": [-2.0, nan, nan],
+        "logps/chosen_per_token": [-1.0, nan, nan],
+        "log_ratio/chosen": [2.0, nan, nan],
+        "logps/desirable": [nan, -2.0, nan],
+        "log_ratio/desirable_per_token": [nan, 2.0, nan],
+        "logps/undesirable": [nan, nan, -4.0],
+    }
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], torch.tensor(values, dtype=torch.float64), equal_nan=True)
+    assert not any("mismatched" in name or "margin" in name or "rejected" in name for name in found)
+    own = logps({"chosen": [-1.0], "rejected": [-1.0, -1.0]})
+    pair = likelihoods(own, logps({"chosen": [-3.0], "rejected": [-1.0, -2.0]}))
+    wanted = {
+        "margin": 1.0,
+        "margin_per_token": 0.0,
+        "margin_to_reference": 1.0,
+        "margin_to_reference_per_token": 1.5,
+        "accuracy": 1.0,
+        "accuracy_per_token": 0.5,
+        "accuracy_to_reference": 1.0,
+        "accuracy_to_reference_per_token": 1.0,
+    }
+    assert {name: float(pair[name]) for name in wanted} == wanted
+
+
+def test_the_gradient_ratio_is_that_of_penalty_and_base(tmp_path: Path) -> None:
+    """By hand: gradients of base and of the whole loss by autograd on the whole batch, their difference the penalty."""
+    generator = random.Random(4)
+    roles: tuple[Role, ...] = ("chosen", "rejected", "generated")
+    examples = [example(f"t{n}", draw(generator, 4), *((role, draw(generator, 5)) for role in roles)) for n in range(4)]
+    reference = stored(llama(seed=5), examples)
+    loss = UnLL(
+        alpha=0.3,
+        penalty=Linear(),
+        base=LOSSES["dpo"],  # type: ignore[arg-type]
+        margin="sum",
+        detach=True,
+        mask_shared_prefix=False,
+        level="token_mean",
+    )
+    settings = train_settings(steps=1, batch_size=4, evaluate_every=1, tokens_per_micro_batch=30)
+    run, without = Run(tmp_path / "with", llama()), Run(tmp_path / "without", llama())
+    run(loss, settings, examples=examples, reference=reference, held_out=examples)
+    off = dataclasses.replace(settings, penalty_gradient_ratio=False)
+    without(loss, off, examples=examples, reference=reference, held_out=examples)
+    same(run.weights, without.weights)  # measuring changes nothing
+    assert not any("train/penalty_gradient_ratio" in row for row in without.rows)
+
+    model = llama()
+    batch = collate(examples)
+    policy = ResponseScorer(model, "padded")(batch)
+    theirs = stored_logps(reference, batch, policy)
+    gradients = []
+    for objective in (loss, loss.base):
+        value = objective(policy, theirs, context_of(batch, 1.0, None)).value.sum()
+        gradients.append(torch.autograd.grad(value, list(model.parameters()), retain_graph=True))
+    penalty = torch.cat([(a - b).flatten() for a, b in zip(*gradients, strict=True)]).norm()
+    base = torch.cat([b.flatten() for b in gradients[1]]).norm()
+    assert run.rows[-1]["train/penalty_gradient_ratio"] == pytest.approx(float(penalty / base))
+    assert float(penalty) > 0
 
 
 # --- divergence ------------------------------------------------------------------------------------------------------
@@ -729,9 +898,16 @@ def test_metrics_of_a_step_by_hand(tmp_path: Path) -> None:
         "logps/rejected_per_token": own_l / n_l,
         "log_ratio/chosen": own_w - ref_w,
         "log_ratio/rejected": own_l - ref_l,
+        "log_ratio/chosen_per_token": (own_w - ref_w) / n_w,
+        "log_ratio/rejected_per_token": (own_l - ref_l) / n_l,
+        "margin": own_w - own_l,
+        "margin_per_token": own_w / n_w - own_l / n_l,
+        "margin_to_reference": own_w - ref_w - own_l + ref_l,
+        "margin_to_reference_per_token": (own_w - ref_w) / n_w - (own_l - ref_l) / n_l,
         "accuracy": (own_w > own_l).double(),
         "accuracy_per_token": (own_w / n_w > own_l / n_l).double(),
         "accuracy_to_reference": (own_w - ref_w > own_l - ref_l).double(),
+        "accuracy_to_reference_per_token": ((own_w - ref_w) / n_w > (own_l - ref_l) / n_l).double(),
         "rewards/chosen": 0.5 * (own_w - ref_w),
         "rewards/rejected": 0.5 * (own_l - ref_l),
         "rewards/margins": 0.5 * (own_w - ref_w - own_l + ref_l),
@@ -762,7 +938,10 @@ def test_likelihoods_of_what_is_there() -> None:
     found = ResponseScorer(llama(), "padded")(single)
     assert loop.likelihoods(found, None).keys() == {"logps/generated", "logps/generated_per_token"}
     ranked = collate([example("two", [5], ("ranked", [6]), ("ranked", [7]))])
-    assert loop.likelihoods(ResponseScorer(llama(), "padded")(ranked), None) == {}
+    scored = ResponseScorer(llama(), "padded")(ranked)
+    found_ranked = loop.likelihoods(scored, None)
+    assert found_ranked.keys() == {"logps/ranked", "logps/ranked_per_token"}
+    torch.testing.assert_close(found_ranked["logps/ranked"], scored.sum.detach().mean()[None])
 
 
 def test_distributions_have_a_mean_and_a_95th_percentile() -> None:

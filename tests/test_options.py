@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
 
 from dppo.config import CONF_DIR
+from dppo.errors import UserError
 from tests.runs import run_small
 
 
@@ -33,6 +36,8 @@ RUNS = [
     "loss=unll loss.margin=implicit",
     "loss=unll loss.level=token_sum loss.mask_shared_prefix=true",
     "loss=minll loss.reduction=sum loss.floor=null",
+    "loss=kto loss.z_scope=micro_batch",
+    "loss=kto loss.one_per_prompt=true loss.value=log_sigmoid",
     "loss=dpo train=lora",
     "loss=unll train=lora train.save=best",
     "loss=dpo train.precision=bf16",
@@ -60,7 +65,77 @@ def test_the_option_runs(words: str, root: Path) -> None:
     assert all(math.isfinite(loss) for loss in losses)
     if words != "loss=none":
         assert losses
-        assert found.metrics[0]["step"] == 1
+        assert next(row["step"] for row in found.metrics if "train/loss" in row) == 1
+        assert found.metrics[0]["step"] == 0  # held-out pairs before the first step
+
+
+QUESTIONS = [f"Write a sentence about {thing} {number}." for number in range(20) for thing in ("a boat", "a fox")]
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ranked_file(folder: Path) -> Path:
+    answers, scores = ["a boat", "a boat near", "the fox", "a"], [2, 1, 3, 2]
+    rows = (
+        {"prompt": question, "responses": answers[: 2 + n % 3], "scores": scores[: 2 + n % 3]}
+        for n, question in enumerate(QUESTIONS)
+    )
+    return write_jsonl(folder / "ranked.jsonl", rows)
+
+
+def labelled_file(folder: Path) -> Path:
+    rows = (
+        {"prompt": question, "completion": "a boat" if n % 3 else "a fox", "label": n % 3 > 0}
+        for n, question in enumerate(QUESTIONS)
+    )
+    return write_jsonl(folder / "labelled.jsonl", rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("ranked", "loss=rrhf"),
+        ("ranked", "loss=dpo"),
+        ("ranked", "loss=unll"),
+        ("labelled", "loss=kto"),
+        ("labelled", "loss=kto loss.z_scope=micro_batch"),
+        ("labelled", "loss=kto loss.z0=zero train.batch_size=3"),
+        ("labelled", "loss=kto loss.one_per_prompt=true train.batch_size=1"),
+    ],
+)
+def test_ranked_and_labelled_answers_train_from_a_file(kind: str, words: str, tmp_path: Path) -> None:
+    path = {"ranked": ranked_file, "labelled": labelled_file}[kind](tmp_path)
+    data = (f"dataset={kind}_file", f"dataset.path={path}", "dataset.test_share=0.3", "dataset.validation_share=0.3")
+    found = run_small(tmp_path, *words.split(), *data, "reward=length")
+    assert found.result["status"] == "complete"
+    losses = [row["train/loss"] for row in found.metrics if "train/loss" in row]
+    assert len(losses) == 8
+    assert all(math.isfinite(loss) for loss in losses)
+    last = found.metrics[-2]
+    if words == "loss=rrhf":
+        assert last["train/n_ranked_pairs"] >= 1
+        assert 0 <= last["train/ranked_accuracy"] <= 1
+    if words == "loss=kto":
+        assert {"train/logps/desirable", "train/kl", "train/rewards/chosen"} <= last.keys()
+        assert found.result["held_out"] == {"n_pairs": 0}
+        with pytest.raises(UserError, match=r"held_out\.accuracy"):
+            run_small(tmp_path, *words.split(), *data, "reward=length", "objectives=[held_out.accuracy]")
+
+
+@pytest.mark.parametrize("loss", ["dpo", "unll", "rrhf"])
+def test_labelled_answers_without_pairs_are_refused_before_sft(loss: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"which phase main needs for loss={loss}"):
+        run_small(
+            tmp_path,
+            f"loss={loss}",
+            "dataset=labelled_file",
+            f"dataset.path={labelled_file(tmp_path)}",
+            "reward=length",
+        )
+    assert not (tmp_path / "cache" / "sft").exists()
 
 
 def test_packed_runs_compute_fewer_tokens_for_the_same_trajectory(root: Path) -> None:

@@ -173,6 +173,7 @@ def train_settings(**changes: Any) -> TrainSettings:
         "log_every": 1,
         "evaluate_every": None,
         "n_evaluation_examples": 4,
+        "penalty_gradient_ratio": True,
         "save": "last",
         "checkpoint_every": None,
         "lora": None,
