@@ -138,10 +138,13 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class SftSettings:
-    """Supervised fine-tuning before any preference phase; ``seed`` is apart from the root seed on purpose."""
+    """Supervised fine-tuning before any preference phase; ``seed`` is apart from the root seed on purpose.
+
+    ``train`` null takes the model as it is.
+    """
 
     seed: int
-    train: TrainSettings
+    train: TrainSettings | None
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,7 @@ class Experiment:
     device: str
     cache: CacheSettings
     objectives: tuple[str, ...]
+    init_from: str | None
     notices: tuple[str, ...]  # what the chosen settings warn of
 
     def __post_init__(self) -> None:
@@ -208,9 +212,11 @@ class Experiment:
             "must be auto, cpu, cuda, cuda:N, mps or xpu",
         )
         require(len(self.objectives) > 0, "objectives", "[]", "name at least one path into result.json")
+        if not self.phases:
+            require(self.sft.train is not None, "sft.train", None, "without a preference phase nothing is trained")
         first = next(iter(self.phases.values()), None)
         require(
-            first is None or first.reference == "sft",
+            first is None or first.reference == "sft" or self.init_from is not None,
             "reference",
             "previous",
             "the first phase starts from the SFT model: write reference: sft",
@@ -355,6 +361,10 @@ def _refuse_unread(raw: Mapping[str, Any], overrides: Sequence[str]) -> None:
                 "beta": "drop it",
             }[key]
             raise UserError(f"{key}={shown(raw[key])}: nothing in this run uses {key} ({loss}); {hint}")
+    if raw.get("init_from") is not None:
+        for override in overrides:
+            if re.match(r"\+{0,2}sft[.=]", override):
+                raise UserError(f"{override}: with init_from no SFT model is trained; drop it")
     for override in overrides:
         name, _, value = override.lstrip("+~").partition("=")
         group = re.split(r"[./@]", name)[0]

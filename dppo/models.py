@@ -274,6 +274,11 @@ def load_saved(path: Path) -> PreTrainedModel:
     return _load_model(path, str(path))
 
 
+def saved_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder written by ``save``. Raises UserError if it cannot be loaded."""
+    return _load_tokenizer(path, str(path))
+
+
 def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 

@@ -21,6 +21,7 @@ from dppo.loop import Interrupted, ReferenceLogps, n_steps
 from dppo.losses.unpaired import DESIRABLE, KTO
 from dppo.stages.compare import compare
 from dppo.stages.drift import drift
+from dppo.stages.finished import finished_run
 from dppo.stages.generate import generate
 from dppo.stages.preference import Trained, preference
 from dppo.stages.reference import reference_logps
@@ -86,8 +87,11 @@ def _stages(
     prompts = _evaluation_prompts(experiment)
     experiment.reward.check(prompts)
 
-    reference = sft(bench, experiment.model, experiment.dataset, experiment.sft, encoder)
-    policy = reference
+    if experiment.init_from is None:
+        reference = sft(bench, experiment.model, experiment.dataset, experiment.sft, encoder)
+        policy = reference
+    else:
+        reference, policy = finished_run(bench, experiment.init_from, encoder)
     offset = 0
     for name, phase in experiment.phases.items():
         base = reference if phase.reference == "sft" else policy
@@ -110,6 +114,7 @@ def _stages(
     other_store, other = generate(bench, "baseline", reference, prompts, settings, encoder)
     scored, (own_rewards, other_rewards) = scores(bench, experiment.reward, prompts, [own, other])
     train = next(iter(experiment.phases.values())).train if experiment.phases else experiment.sft.train
+    assert train is not None  # the door refuses a run that trains nothing
     kl_prompts = nested_subset(prompts, evaluation.n_kl_prompts, FIXED)
     pairs = nested_subset(experiment.dataset.pairs(evaluation.split), evaluation.n_pairs, FIXED)
     _, moved = drift(
@@ -133,7 +138,7 @@ def _stages(
         record.samples(samples)
     if tracker is not None:
         tracker.table("samples", list(samples[0]), [list(sample.values()) for sample in samples])
-    return results.complete(compared, moved, bench, split=evaluation.split)
+    return results.complete(compared, moved, bench, split=evaluation.split, policy=policy, reference=reference)
 
 
 def _phase(

@@ -27,7 +27,7 @@ from dppo.artifacts import manifest
 from dppo.artifacts.files import disk_errors, write_atomic
 from dppo.errors import UserError
 from dppo.loop import Metrics
-from dppo.types import Generation, Json, Prompt
+from dppo.types import Artifact, Generation, Json, Prompt
 
 if TYPE_CHECKING:
     from dppo.config import Experiment
@@ -104,24 +104,39 @@ def versions() -> dict[str, Json]:
 # --- result.json -----------------------------------------------------------------------------------------------------
 
 
-def complete(compared: Mapping[str, Any], moved: Mapping[str, Any], bench: Workbench, *, split: str) -> dict[str, Any]:
+def complete(
+    compared: Mapping[str, Any],
+    moved: Mapping[str, Any],
+    bench: Workbench,
+    *,
+    split: str,
+    policy: Artifact,
+    reference: Artifact,
+) -> dict[str, Any]:
     """The content of ``result.json`` for a run that reached its end.
 
-    ``status``; ``split`` and ``n_prompts``; ``objective`` (= ``win_rate.value``); ``win_rate`` {value (ties = 1/2),
-    ci_low, ci_high, strict (ties lose), strict_ci_low, strict_ci_high, n, wins, ties}; ``reward`` {policy, reference,
-    delta, each {value, ci_low, ci_high}, negative_share}; ``length`` {policy, reference, each {tokens, characters,
-    end_of_turn_rate}}; ``kl`` {nats_per_token, nats_per_answer, n_answers, n_tokens}; ``held_out`` likelihoods and
-    accuracies on pairs of the split; ``timings`` {stages: [{stage, fingerprint, seconds, reused}], total_seconds}.
-    Intervals are 95 %.
+    ``status``; ``models`` {policy, reference}, each "stage/fingerprint" in the cache; ``split`` and ``n_prompts``;
+    ``objective`` (= ``win_rate.value``); ``win_rate`` {value (ties = 1/2), ci_low, ci_high, strict (ties lose),
+    strict_ci_low, strict_ci_high, n, wins, ties}; ``reward`` {policy, reference, delta, each {value, ci_low, ci_high},
+    negative_share}; ``length`` {policy, reference, each {tokens, characters, end_of_turn_rate}}; ``kl``
+    {nats_per_token, nats_per_answer, n_answers, n_tokens}; ``held_out`` likelihoods and accuracies on pairs of the
+    split; ``timings`` {stages: [{stage, fingerprint, seconds, reused}], total_seconds}. Intervals are 95 %.
     """
     return {
         "status": "complete",
+        "models": {
+            name: f"{model.stage}/{model.fingerprint}" for name, model in (("policy", policy), ("reference", reference))
+        },
         "split": split,
         "objective": compared["win_rate"]["value"],
         **compared,
         **moved,
         "timings": timings(bench),
     }
+
+
+def _place(model: Artifact) -> str:
+    return f"{model.stage}/{model.fingerprint}"
 
 
 def diverged(trained: Trained, phase: str, bench: Workbench) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def small(*overrides: str) -> list[str]:
         words = [word for word in words if not word.startswith("dataset.")]
     if chosen.get("loss") == "none" or "+experiment" in chosen:
         words = [word for word in words if not word.startswith("train.")]
+    if chosen.get("sft") == "none" or "init_from" in chosen:
+        words = [word for word in words if not word.startswith("sft.")]
     return [*overrides, *words]
 
 

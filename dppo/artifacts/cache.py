@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dppo.artifacts.layout import Layout, identify
+from dppo.artifacts.fingerprint import FINGERPRINT
+from dppo.artifacts.layout import STAGE, Layout, identify
+from dppo.artifacts.manifest import Damaged, Manifest, artifact_problem
 from dppo.artifacts.slots import Slot
 from dppo.artifacts.stores import JsonRows, Store, TokenRows, Tokens
 
@@ -28,6 +30,16 @@ class Cache(Layout):
     def artifact(self, stage: str, content: object, parents: Sequence[str] = ()) -> Slot:
         """The slot of an artifact, which is a directory of files made in one go."""
         return Slot(self, *identify(stage, content, parents), verify=self.verify)
+
+    def existing(self, stage: str, fingerprint: str) -> Slot:
+        """The slot of a complete artifact that is known by its fingerprint alone. Raises Damaged if it is not there."""
+        if not (STAGE.fullmatch(stage) and FINGERPRINT.fullmatch(fingerprint)):
+            raise Damaged("there is no such artifact")
+        path = self.root / stage / fingerprint
+        if (problem := artifact_problem(path, deep=self.verify)) is not None:
+            raise Damaged(problem if path.exists() else "it is gone")
+        found = Manifest.read(path)
+        return Slot(self, stage, fingerprint, found.inputs, found.parents, verify=self.verify)
 
     def json_store(self, stage: str, content: object, parents: Sequence[str] = ()) -> Store[Json]:
         """A growing store of JSON rows: generations, scores."""

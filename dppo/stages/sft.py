@@ -12,7 +12,7 @@ from dppo.data.subsets import nested_subset
 from dppo.errors import UserError
 from dppo.losses.sft import SFT
 from dppo.stages.training import new_policy, run_training, save_policy
-from dppo.types import Artifact
+from dppo.types import Artifact, Json
 
 if TYPE_CHECKING:
     from dppo.models import Model
@@ -22,25 +22,33 @@ VERSION = 1
 
 
 def sft(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings, encoder: ChatEncoder) -> Artifact:
-    """Fine-tune ``model`` on the data set's chats; the artifact is a model folder with its tokenizer.
+    """Fine-tune ``model`` on the data set's chats, or take it as it is; the artifact is a model folder with tokenizer.
 
     Raises UserError if the loss is not finite at some step.
     """
     train = settings.train
-    slot = bench.cache.artifact(
-        "sft",
-        {
-            "version": VERSION,
-            "model": model.identity(),
-            "template": encoder.template_text,
+    content: dict[str, Json] = {
+        "version": VERSION,
+        "model": model.identity(),
+        "template": encoder.template_text,
+        "seed": settings.seed,
+        "settings": None,
+    }
+    if train is not None:
+        content |= {
             "data": dataset.identity(),
-            "seed": settings.seed,
             "settings": train.identity(),
             "numerics": bench.numerics(train.precision, train.packing),
-        },
-    )
+        }
+    slot = bench.cache.artifact("sft", content)
 
     def build(started: Build) -> None:
+        if train is None:
+            if bench.is_main:
+                save_policy(
+                    new_policy(bench, model, None, settings.seed), encoder, started.directory, base=None, bench=bench
+                )
+            return
         chats = nested_subset(dataset.chats("train"), train.n_examples, settings.seed)
         encoded = encoder.encode(chats, train.max_length, key="sft.train.max_length")
         held_out = nested_subset(dataset.chats("validation"), train.n_evaluation_examples, 0)
@@ -67,4 +75,5 @@ def sft(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings,
             save_policy(policy, encoder, started.directory, base=None, bench=bench)
             started.extra["outcome"] = outcome.to_json()
 
-    return bench.artifact("sft", slot, f"{type(model).__name__}, seed {settings.seed}", build)
+    detail = f"{type(model).__name__}, seed {settings.seed}" + ("" if train is not None else ", not fine-tuned")
+    return bench.artifact("sft", slot, detail, build)

@@ -1,0 +1,59 @@
+"""A finished run as the start of another: its policy, and the SFT model that was its reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dppo.artifacts import Damaged
+from dppo.errors import UserError
+from dppo.types import Artifact
+
+if TYPE_CHECKING:
+    from dppo.data.encoding import ChatEncoder
+    from dppo.stages.workbench import Workbench
+
+
+def finished_run(bench: Workbench, run: str, encoder: ChatEncoder) -> tuple[Artifact, Artifact]:
+    """(reference, policy) of the run directory ``run``, from the cache.
+
+    Raises UserError if there is no complete run, if the cache has lost its models, or if they have another tokenizer
+    or chat template than ``encoder``.
+    """
+    path = Path(run).expanduser() / "result.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        status, command = result["status"], result["command"]
+    except FileNotFoundError:
+        raise UserError(f"init_from={run}: has no result.json; give the directory of a finished run") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"init_from={run}: its result.json cannot be read ({type(error).__name__})") from None
+    if status != "complete":
+        raise UserError(f"init_from={run}: that run is {status}; finish it first: {command}")
+    found = []
+    for title in ("reference", "policy"):
+        stage, _, fingerprint = result["models"][title].partition("/")
+        try:
+            slot = bench.cache.existing(stage, fingerprint)
+        except Damaged as problem:
+            raise UserError(
+                f"init_from={run}: its {title} {stage} {fingerprint[:4]} is not in {bench.cache.root} ({problem}); "
+                f"set cache.dir to that run's, or run it again: {command}"
+            ) from None
+        with bench.working(title if title == "policy" else stage, slot, reuse=True, detail=f"from {run}"):
+            found.append(slot.artifact(reused=True))
+    _check_tokenizer(run, found[1], encoder)
+    return found[0], found[1]
+
+
+def _check_tokenizer(run: str, policy: Artifact, encoder: ChatEncoder) -> None:
+    from dppo.models import saved_tokenizer
+
+    theirs, ours = saved_tokenizer(Path(policy.path)), encoder.tokenizer
+    for what, equal in {
+        "vocabulary": theirs.get_vocab() == ours.get_vocab(),
+        "chat template": theirs.get_chat_template() == ours.get_chat_template(),
+    }.items():
+        if not equal:
+            raise UserError(f"init_from={run}: its model has another {what} than model=; choose that run's model")
