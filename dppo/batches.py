@@ -89,7 +89,7 @@ def collate(examples: Sequence[EncodedExample]) -> Batch:
         chosen, generated = example.response("chosen"), example.response("generated")
         prefix = 0
         if chosen is not None and generated is not None:
-            prefix = _shared_prefix(chosen.token_ids, generated.token_ids)
+            prefix = shared_prefix(chosen.token_ids, generated.token_ids)
         shared.append(prefix)
         equal.append(chosen is not None and generated is not None and chosen.token_ids == generated.token_ids)
 
@@ -115,7 +115,8 @@ def collate(examples: Sequence[EncodedExample]) -> Batch:
     )
 
 
-def _shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading tokens two answers have in common."""
     length = 0
     for left, right in zip(first, second, strict=False):
         if left != right:

@@ -17,6 +17,7 @@ from dppo.data.encoding import ChatEncoder, EncodedSet
 from dppo.data.shapes import one_row_per_prompt, with_answers_of_the_row_before, with_answers_to_other_prompts
 from dppo.data.subsets import nested_subset
 from dppo.errors import UserError
+from dppo.evaluation.edits import after_edit
 from dppo.loop import Interrupted, ReferenceLogps, n_steps
 from dppo.losses.unpaired import DESIRABLE, KTO
 from dppo.stages.compare import compare
@@ -117,7 +118,7 @@ def _stages(
     assert train is not None  # the door refuses a run that trains nothing
     kl_prompts = nested_subset(prompts, evaluation.n_kl_prompts, FIXED)
     pairs = nested_subset(experiment.dataset.pairs(evaluation.split), evaluation.n_pairs, FIXED)
-    _, moved = drift(
+    _, moved, pair_rows = drift(
         bench,
         policy,
         reference,
@@ -133,9 +134,11 @@ def _stages(
         scored,
         evaluation,
     )
+    moved["after_edit"] = after_edit(pair_rows, n_bootstrap=evaluation.n_bootstrap, seed=evaluation.bootstrap_seed)
     samples = results.samples(prompts, own, other, own_rewards, other_rewards)
     if bench.is_main:
-        record.samples(samples)
+        record.rows("samples.jsonl", samples)
+        record.rows("pairs.jsonl", pair_rows)
     if tracker is not None:
         tracker.table("samples", list(samples[0]), [list(sample.values()) for sample in samples])
     return results.complete(compared, moved, bench, split=evaluation.split, policy=policy, reference=reference)

@@ -6,6 +6,7 @@ A run directory holds
 - ``parents.json`` the cached stages that the run used
 - ``metrics.jsonl`` one row a logged step, replayed from the cache when a stage is reused
 - ``samples.jsonl`` one row a prompt: both answers, both rewards, who won
+- ``pairs.jsonl`` one row a held-out pair: log-probs under policy and reference (``evaluation.edits.PairRow``)
 - ``result.json`` the outcome; its schema is documented at ``complete`` and versioned by ``SCHEMA``
 """
 
@@ -72,8 +73,8 @@ class RunDirectory:
         with disk_errors(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"phase": phase, **row}) + "\n" for row in rows)
 
-    def samples(self, rows: Sequence[Mapping[str, Json]]) -> None:
-        self._write("samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    def rows(self, name: str, rows: Sequence[Mapping[str, Json]]) -> None:
+        self._write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def result(self, result: Mapping[str, Any]) -> None:
         self._write_json("result.json", {"schema": SCHEMA, "command": command_line(self.overrides), **result})
@@ -120,7 +121,8 @@ def complete(
     strict_ci_low, strict_ci_high, n, wins, ties}; ``reward`` {policy, reference, delta, each {value, ci_low, ci_high},
     negative_share}; ``length`` {policy, reference, each {tokens, characters, end_of_turn_rate}}; ``kl``
     {nats_per_token, nats_per_answer, n_answers, n_tokens}; ``held_out`` likelihoods and accuracies on pairs of the
-    split; ``timings`` {stages: [{stage, fingerprint, seconds, reused}], total_seconds}. Intervals are 95 %.
+    split; ``after_edit`` mean token log-prob of chosen answers behind the first edit (``evaluation.edits``);
+    ``timings`` {stages: [{stage, fingerprint, seconds, reused}], total_seconds}. Intervals are 95 %.
     """
     return {
         "status": "complete",
@@ -185,6 +187,8 @@ NUMBERS = frozenset(
             for role in ("chosen", "rejected")
             for kind, per in (("logps", ""), ("logps", "_per_token"), ("log_ratio", ""))
         ),
+        "after_edit.n_pairs",
+        *(f"after_edit.{what}.{key}" for what in ("policy", "reference", "delta") for key in _MEAN),
         "timings.total_seconds",
     ]
 )
@@ -210,7 +214,7 @@ def _objective(result: Mapping[str, Any], path: str) -> float:
     if result["status"] == "diverged":
         if path.split(".")[0] in ("kl", "length", "timings"):
             return math.inf
-        return -math.inf if path.startswith(("reward", "held_out.log")) else 0.0
+        return -math.inf if path.startswith(("reward", "held_out.log", "after_edit")) else 0.0
     found: Any = result
     for key in path.split("."):
         if key not in found:
@@ -327,6 +331,9 @@ def summary(result: Mapping[str, Any], directory: Path) -> list[str]:
         if (held_out := result["held_out"])["n_pairs"]:
             accuracies = f"{held_out['accuracy']:.3f} (to SFT {held_out['accuracy_to_reference']:.3f})"
             rows.append(("held-out accuracy", f"{accuracies}, n = {held_out['n_pairs']} pairs"))
+        if behind := result["after_edit"]:
+            own = _interval(*_bounds(behind["policy"]))
+            rows.append(("log p behind edit", f"{own} (SFT {behind['reference']['value']:.3f}), nats a token"))
         lines.append(f"policy against SFT on {rate['n']} {result['split']} prompts, 95 % intervals")
         lines += [f"  {name:<22}{value}" for name, value in rows]
     seconds = [f"{item['stage']} {item['seconds']:.1f}" for item in result["timings"]["stages"] if not item["reused"]]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
+from collections.abc import Mapping
 from typing import Any, cast
 
 import pytest
@@ -12,8 +14,10 @@ from transformers import PreTrainedModel
 
 from dppo import logps
 from dppo.evaluation.drift import exact_kl
+from dppo.evaluation.edits import after_edit, pair_rows
 from dppo.logps import ResponseScorer
-from dppo.types import EncodedExample
+from dppo.types import EncodedExample, Json
+from tests.losses.pairs import logps as flat
 from tests.tiny_models import VOCABULARY, draw, example, gpt2, llama
 
 
@@ -94,3 +98,44 @@ def test_models_are_compared_without_dropout() -> None:
 def test_no_answers_are_refused() -> None:
     with pytest.raises(ValueError, match="no answers"):
         exact_kl(ResponseScorer(llama(), "packed"), ResponseScorer(llama(), "packed"), [], 50)
+
+
+# --- behind the first edit -------------------------------------------------------------------------------------------
+
+
+def test_rows_of_pairs_by_hand() -> None:
+    """Pair a: edit at 1, tokens -0.2 (edited), -0.4, -0.6 behind it: -0.5. Pair b: only the edited token is left."""
+    examples = [
+        example("a", [5], ("chosen", [6, 7, 8, 9]), ("rejected", [6, 10, 8])),
+        example("b", [5], ("chosen", [6, 7]), ("rejected", [6])),
+    ]
+    policy = flat(
+        {"chosen": [-0.1, -0.2, -0.4, -0.6], "rejected": [-0.1, -1.0, -2.0]},
+        {"chosen": [-0.3, -0.7], "rejected": [-0.3]},
+    )
+    reference = dataclasses.replace(policy, tokens=policy.tokens * 2)
+    first, second = pair_rows(examples, policy, reference)
+    assert (first.edit, second.edit) == (1, 1)
+    assert (first.chosen, first.rejected, first.reference_chosen) == pytest.approx((-1.3, -3.1, -2.6))
+    assert (first.after_edit, first.reference_after_edit) == pytest.approx((-0.5, -1.0))
+    assert first.by_distance == pytest.approx((-0.2, -0.4, -0.6))
+    assert (second.after_edit, second.reference_after_edit, second.by_distance) == (None, None, (-0.7,))
+    found: Any = after_edit([row.to_json() for row in (first, second)], n_bootstrap=100, seed=0)
+    assert found["n_pairs"] == 1
+    assert found["delta"] == {"value": 0.5, "ci_low": 0.5, "ci_high": 0.5}
+    assert [row["n_pairs"] for row in found["by_distance"]] == [2, 1, 1]
+    assert found["by_distance"][0]["policy"] == pytest.approx(-0.45)
+    assert found["by_distance"][2]["reference"] == pytest.approx(-1.2)
+    assert after_edit([second.to_json()], n_bootstrap=100, seed=0) == {}
+
+
+def test_the_interval_behind_the_edit_is_over_pairs() -> None:
+    rows: list[Mapping[str, Json]] = [
+        {"after_edit": -1.0 - 0.1 * n, "reference_after_edit": -1.0, "by_distance": [], "reference_by_distance": []}
+        for n in range(40)
+    ]
+    found: Any = after_edit(rows, n_bootstrap=2000, seed=0)
+    half = 1.96 * 0.1 * math.sqrt((40**2 - 1) / 12) / math.sqrt(40)
+    assert found["policy"]["value"] == pytest.approx(-2.95)
+    assert found["policy"]["ci_high"] - found["policy"]["value"] == pytest.approx(half, rel=0.1)
+    assert found["reference"] == {"value": -1.0, "ci_low": -1.0, "ci_high": -1.0}

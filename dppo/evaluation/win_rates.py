@@ -87,17 +87,31 @@ def crossed_rate(values: Array, *, n_bootstrap: int, seed: int) -> Interval:
     return found
 
 
-def paired_difference(first: Array, second: Array, *, n_bootstrap: int, seed: int) -> tuple[Interval, float]:
+def paired_difference(
+    first: Array, second: Array, *, n_bootstrap: int, seed: int, comparisons: int = 1
+) -> tuple[Interval, float]:
     """Mean of ``first - second``, both (S, P) on the same seeds and prompts, with its interval and two-sided p.
 
-    p = 2 min(share of resampled differences <= 0, share >= 0), at most 1.
+    p = 2 min(share of resampled differences <= 0, share >= 0), at most 1. The interval has level 1 - .05 /
+    ``comparisons``: that of all comparisons of a report together is then at least 95 % (Bonferroni).
     """
     if first.shape != second.shape:
         raise ValueError(f"paired outcomes need the same seeds and prompts, got {first.shape} and {second.shape}")
     means = _crossed_bootstrap(first - second, n_bootstrap, seed)
-    low, high = (float(bound) for bound in np.quantile(means, [0.025, 0.975]))
+    tail = 0.025 / comparisons
+    low, high = (float(bound) for bound in np.quantile(means, [tail, 1 - tail]))
     p = 2 * min(float((means <= 0).mean()), float((means >= 0).mean()))
     return Interval(float((first - second).mean()), low, high), min(1.0, p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values adjusted for their number (Holm 1979), in their order."""
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
 
 
 def t_interval(means: Sequence[float]) -> Interval:
@@ -135,12 +149,14 @@ def _crossed_bootstrap(values: Array, n_bootstrap: int, seed: int) -> Array:
     n_seeds, n_prompts = values.shape
     generator = np.random.default_rng(seed)
     means = np.empty(n_bootstrap)
-    chunk = max(1, (1 << 22) // (n_prompts * n_seeds))
+    chunk = max(1, (1 << 20) // n_prompts)
     for start in range(0, n_bootstrap, chunk):
         n = min(chunk, n_bootstrap - start)
         prompts = generator.integers(0, n_prompts, size=(n, n_prompts))
         seeds = generator.integers(0, n_seeds, size=(n_seeds, n))
+        # How often each resample drew each prompt; a product of matrices then sums for all seeds at once.
+        drawn = np.bincount((prompts + n_prompts * np.arange(n)[:, None]).ravel(), minlength=n * n_prompts)
         # Sums before the division: those of outcomes are exact, so that a difference of 0 is 0 and not rounding noise.
-        per_seed = values[:, prompts].sum(axis=2)
+        per_seed = values @ drawn.reshape(n, n_prompts).T.astype(np.float64)
         means[start : start + n] = np.take_along_axis(per_seed, seeds, axis=0).sum(axis=0) / (n_seeds * n_prompts)
     return means

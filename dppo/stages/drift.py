@@ -15,15 +15,17 @@ from dppo.batches import collate, micro_batches
 from dppo.config import TrainSettings
 from dppo.data.ids import content_hash
 from dppo.evaluation.drift import exact_kl
+from dppo.evaluation.edits import PairRow, pair_rows
 from dppo.logps import ResponseScorer
 from dppo.loop import likelihoods
 from dppo.stages.training import autocast, saved_policy
-from dppo.types import Artifact, EncodedExample
+from dppo.types import Artifact, EncodedExample, Json
 
 if TYPE_CHECKING:
     from dppo.stages.workbench import Workbench
 
-VERSION = 1
+VERSION = 2
+PAIRS = "pairs.jsonl"
 
 
 def drift(
@@ -33,8 +35,11 @@ def drift(
     answers: Sequence[EncodedExample],
     pairs: Sequence[EncodedExample],
     settings: TrainSettings,
-) -> tuple[Artifact, dict[str, Any]]:
-    """``{"kl": {...}, "held_out": {...}}`` of a policy; ``answers`` have one response each, ``pairs`` two."""
+) -> tuple[Artifact, dict[str, Any], list[dict[str, Json]]]:
+    """``{"kl": {...}, "held_out": {...}}`` of a policy, and the rows of its pairs (``edits.PairRow``).
+
+    ``answers`` have one response each, ``pairs`` two.
+    """
     slot = bench.cache.artifact(
         "drift",
         {
@@ -51,25 +56,31 @@ def drift(
         other = ResponseScorer(saved_policy(bench, reference), settings.packing)
         with autocast(bench, settings.precision):
             kl = exact_kl(own, other, answers, settings.tokens_per_micro_batch)
-            found = {"kl": asdict(kl), "held_out": _held_out(own, other, pairs, settings.tokens_per_micro_batch)}
+            means, rows = _held_out(own, other, pairs, settings.tokens_per_micro_batch)
         if bench.is_main:
-            (started.directory / "drift.json").write_text(json.dumps(found))
+            (started.directory / "drift.json").write_text(json.dumps({"kl": asdict(kl), "held_out": means}))
+            lines = (json.dumps(row.to_json()) + "\n" for row in sorted(rows, key=lambda row: row.example_id))
+            (started.directory / PAIRS).write_text("".join(lines))
 
     artifact = bench.artifact("drift", slot, f"KL on {len(answers)} answers, {len(pairs)} held-out pairs", build)
     found: dict[str, Any] = json.loads((Path(artifact.path) / "drift.json").read_text())
-    return artifact, found
+    rows = [json.loads(line) for line in (Path(artifact.path) / PAIRS).read_text().splitlines()]
+    return artifact, found, rows
 
 
 @torch.inference_mode()
 def _held_out(
     policy: ResponseScorer, reference: ResponseScorer, pairs: Sequence[EncodedExample], budget: int
-) -> dict[str, float | int]:
-    """Means over held-out pairs of log-probs (nats), log-ratios and ranking accuracies."""
+) -> tuple[dict[str, float | int], list[PairRow]]:
+    """Means over held-out pairs of log-probs (nats), log-ratios and ranking accuracies, and a row for each pair."""
     columns: dict[str, list[torch.Tensor]] = {}
+    rows: list[PairRow] = []
     device = next(policy.parameters()).device
     for part in micro_batches(pairs, budget):
         batch = collate(part).to(device)
-        for name, values in likelihoods(policy(batch), reference(batch)).items():
-            columns.setdefault(name, []).append(values.float().cpu())
+        own, other = policy(batch), reference(batch)
+        rows += pair_rows(part, own, other)
+        for name, values in likelihoods(own, other).items():
+            columns.setdefault(name, []).append(values.double().cpu())
     means = {name: float(torch.cat(values).nanmean()) for name, values in columns.items()}
-    return {"n_pairs": len(pairs), **means}
+    return {"n_pairs": len(pairs), **means}, rows

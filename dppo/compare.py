@@ -1,0 +1,140 @@
+"""``python -m dppo.compare RUNS``: which configuration is better, with intervals over prompts and seeds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+from dppo.errors import UserError
+from dppo.evaluation.comparison import METRICS, Line, compare_runs, configurations, find_runs
+from dppo.evaluation.win_rates import Interval
+
+_WHISKERS = 25
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 for a user's error."""
+    try:
+        arguments = _parser().parse_args(argv)
+        found = configurations(find_runs(arguments.paths))
+        lines = compare_runs(
+            found,
+            metric=arguments.metric,
+            baseline=arguments.baseline,
+            n_bootstrap=arguments.n_bootstrap,
+            seed=0,
+        )
+        print("\n".join(table(lines, arguments.metric)))
+        if arguments.json is not None:
+            arguments.json.write_text(
+                json.dumps(
+                    {"metric": arguments.metric, "lines": [_without_nan(asdict(line)) for line in lines]}, indent=2
+                )
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m dppo.compare", description=__doc__)
+    parser.add_argument("paths", nargs="+", type=Path, help="run directories, or folders with runs anywhere below")
+    parser.add_argument(
+        "--metric", choices=METRICS, default="win_rate", help="; ".join(f"{k}: {v}" for k, v in METRICS.items())
+    )
+    parser.add_argument("--baseline", help="a word of its label, such as loss=dpo (default: the oldest configuration)")
+    parser.add_argument("--n-bootstrap", type=int, default=10_000, help="resamples of prompts and seeds")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file too")
+    return parser
+
+
+def table(lines: Sequence[Line], metric: str) -> list[str]:
+    """The comparison as text; the whiskers span the lowest to the highest bound."""
+    low = min(line.value.low for line in lines)
+    high = max(line.value.high for line in lines)
+    comparisons = sum(line.difference is not None for line in lines)
+    rows = [
+        [
+            "configuration",
+            "seeds",
+            metric,
+            f"{low:.3f} {'':^{_WHISKERS - 14}} {high:.3f}",
+            "difference",
+            "p",
+            "KL",
+            "tokens",
+        ]
+    ]
+    for line in lines:
+        seeds = str(len(line.seeds)) + (f" ({len(line.diverged)} diverged)" if line.diverged else "")
+        rows.append(
+            [
+                line.label,
+                seeds,
+                _interval(line.value),
+                _whiskers(line.value, low, high),
+                "baseline" if line.difference is None else _interval(line.difference, sign="+"),
+                "" if line.p is None else f"{line.p:.3f}" if line.p >= 0.001 else "<0.001",
+                f"{line.means['kl_nats_per_answer']:.2f}" if line.means else "",
+                f"{line.means['tokens']:.1f}" if line.means else "",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    notes = [
+        f"{metric}: {METRICS[metric]}; n = {lines[0].n}; 95 % intervals, bootstrap over seeds and "
+        f"{'pairs' if metric in ('chosen_log_ratio', 'accuracy', 'after_edit') else 'prompts'}."
+    ]
+    if comparisons:
+        several = f"{comparisons} comparison{'s' if comparisons > 1 else ''}"
+        notes.append(
+            f"Differences are paired, over common seeds; {several}: simultaneous 95 % intervals, Holm's p. "
+            "KL to SFT in nats an answer."
+        )
+    if all(len(line.seeds) == 1 for line in lines):
+        notes.append(
+            "One seed each: the intervals hold for these trained models, not for the methods; add seed=0,1,2,3,4."
+        )
+    return [text[0], "-" * max(map(len, text)), *text[1:], "", *notes]
+
+
+def _interval(found: Interval, sign: str = "") -> str:
+    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def _whiskers(found: Interval, low: float, high: float) -> str:
+    """An interval as ``|--o--|`` on a scale from ``low`` to ``high``."""
+    scale = (_WHISKERS - 1) / (high - low) if high > low else 0.0
+    left, middle, right = (round((value - low) * scale) for value in (found.low, found.value, found.high))
+    cells = [" "] * _WHISKERS
+    cells[left : right + 1] = "-" * (right + 1 - left)
+    cells[left] = cells[right] = "|"
+    cells[middle] = "o"
+    return "".join(cells)
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
