@@ -96,6 +96,10 @@ def main() -> int:
         arguments.insert(places[0] if places else len(arguments), f"hydra.searchpath=[file://{config.SWEEPS_DIR}]")
     sys.argv[1:] = [*arguments, *_SILENT] if int(os.environ.get("RANK", "0")) > 0 and checking else arguments
     try:
+        if checking == "multirun" and (space := _search_space(overrides)):
+            overrides = [*space, *overrides]
+            places = [at for at, word in enumerate(sys.argv) if at and not word.startswith("-")]
+            sys.argv[places[0] : places[0]] = space
         if checking:
             _check(overrides, multirun=checking == "multirun")
         import hydra
@@ -156,26 +160,37 @@ def _check(overrides: Sequence[str], *, multirun: bool) -> None:
             raise UserError(f"job {number} ({' '.join(job)}): {error}") from None
 
 
+def _search_space(overrides: Sequence[str]) -> list[str]:
+    """A preset's search space as words of the command line, without the keys that the user typed.
+
+    Hydra's basic sweeper would take a key that is both typed and in the preset twice, and run every job many times.
+    """
+    sweeper = config.compose(_fixed(overrides), with_hydra=True).hydra.sweeper
+    if not str(sweeper.get("_target_", "")).endswith("BasicSweeper") or not sweeper.params:
+        return []
+    typed = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    preset = [f"{key}={value}" for key, value in sweeper.params.items() if key not in typed]
+    return [*preset, "hydra.sweeper.params=null"]
+
+
+def _fixed(overrides: Sequence[str]) -> list[str]:
+    """The words that are the same in every job."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [word for word, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
+
+
 def _jobs(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every job that Hydra's basic sweeper would launch, in its order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parser = OverridesParser.create()
-    words = list(overrides)
-    fixed = [
-        word
-        for word, parsed in zip(words, parser.parse_overrides(words), strict=True)
-        if not parsed.is_sweep_override()
-    ]
+    fixed = _fixed(overrides)
     base: Any = config.compose(fixed, with_hydra=True)
-    sweeper = base.hydra.sweeper
-    if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
+    if not str(base.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return [fixed]
-    typed = {word.partition("=")[0] for word in words}
-    preset = [f"{key}={value}" for key, value in (sweeper.params or {}).items() if key not in typed]
-    words = [*preset, *words]
-    parsed = parser.parse_overrides(words)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     n_jobs = 1
     for override in parsed:
         n_jobs *= len(list(override.sweep_string_iterator())) if override.is_discrete_sweep() else 1
