@@ -152,10 +152,17 @@ class Accumulated:
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
     distributions: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, terms: LossTerms, policy: ResponseLogps, reference: ResponseLogps | None) -> None:
+    def add(
+        self, terms: LossTerms, policy: ResponseLogps, reference: ResponseLogps | None, *, logged: bool = True
+    ) -> None:
+        """``logged``: with the columns that ``metrics`` shows."""
         self.value += float((terms.value.detach() * terms.weight).sum())
         self.weight += float(terms.weight.sum())
         self.n_examples += len(terms.value)
+        for name, values in terms.distributions.items():
+            self.distributions.setdefault(name, []).append(values.detach().float().cpu())
+        if not logged:
+            return
         columns = {**likelihoods(policy, reference), **terms.metrics}
         columns |= {f"rewards/{name}": reward for name, reward in terms.rewards.items()}
         if {"chosen", "rejected"} <= terms.rewards.keys():
@@ -163,8 +170,6 @@ class Accumulated:
             columns |= {"rewards/margins": margin, "rewards/accuracies": _share_positive(margin)}
         for name, values in columns.items():
             self.columns.setdefault(name, []).append(values.detach().float().cpu())
-        for name, values in terms.distributions.items():
-            self.distributions.setdefault(name, []).append(values.detach().float().cpu())
 
     def metrics(self) -> Metrics:
         """Means over the examples, and the 95th percentile of what is a distribution."""
@@ -290,7 +295,9 @@ def train(
             rate = learning_rate(settings, number, steps)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            sums, state.statistics, tokens, bad = run.accumulate(batch, state.statistics)
+            last = number + 1 == steps
+            logged = (number + 1) % settings.log_every == 0 or number == 0 or last
+            sums, state.statistics, tokens, bad = run.accumulate(batch, state.statistics, logged=logged)
             grad_norm = math.nan
             if not bad:
                 grad_norm = run.step(optimiser, parameters, sums.weight)
@@ -299,13 +306,12 @@ def train(
                 return Outcome("diverged", number, ids, state.best_step, state.computed_tokens, state.watch.notices)
             state.step = number + 1
             state.computed_tokens += tokens
-            last = state.step == steps
             if (notice := state.watch.see(sums)) is not None:
                 notice += run.remedy(batch, state.statistics)
                 state.watch.notices += (notice,)
                 if main:
                     _log.warning("warning: %s step %d: %s", title, state.step, notice)
-            if main and (state.step % settings.log_every == 0 or state.step == 1 or last):
+            if main and logged:
                 elapsed = time.perf_counter() - started
                 found = sums.metrics()
                 log(
@@ -368,7 +374,7 @@ class _Run:
         return batch, policy, reference, context_of(batch, mean_tokens, statistics)
 
     def accumulate(
-        self, examples: Sequence[EncodedExample], statistics: Tensor | None
+        self, examples: Sequence[EncodedExample], statistics: Tensor | None, *, logged: bool = True
     ) -> tuple[Accumulated, Tensor | None, int, tuple[str, ...]]:
         """Gradients of the summed loss over one optimiser batch.
 
@@ -405,7 +411,7 @@ class _Run:
                 self.accelerator.backward(total)
             if counts:
                 tokens += computed_tokens(batch, self.packing)
-                sums.add(terms, policy, reference)
+                sums.add(terms, policy, reference, logged=logged)
         return self._over_ranks(sums), statistics, int(self._total(float(tokens))), self._first_bad(bad)
 
     def _partial_statistics(
