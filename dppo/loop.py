@@ -261,7 +261,7 @@ def train(
     """
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(settings.deterministic)
-    # Filling every new tensor before an operation writes its result there takes 4 % of a step and changes nothing.
+    # Filling every new tensor before an operation writes its result there takes time and changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     set_dropout(model, settings.dropout)
     if settings.activation_checkpointing:

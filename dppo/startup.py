@@ -1,7 +1,7 @@
 """Garbage collection waits until a run has started.
 
 Importing torch and transformers and composing configurations makes half a million objects that all stay. Looking
-through them again and again for garbage is a sixth of what starting costs.
+through them again and again for garbage is an eighth of what starting costs.
 """
 
 from __future__ import annotations
