@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dppo import config
+from dppo import config, startup
 from dppo.command_line import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -70,11 +70,23 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
             raise
         # Past Hydra, which would announce an exception in lines of its own.
         raise SystemExit(complain(str(error))) from None
+    finally:
+        startup.end()  # a run that finds everything in the cache loads no model
     return values[0] if len(values) == 1 else values
 
 
 def main() -> int:
     """Run the command line of this process; returns the exit status."""
+    startup.begin()
+    try:
+        return _main()
+    finally:
+        startup.end()
+
+
+def _main() -> int:
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        return _help()
     from hydra.errors import HydraException
 
     # One BLAS and tokenizer thread pool is enough; forked tokenizers would warn on every run.
@@ -125,6 +137,24 @@ def main() -> int:
     except Exception:
         logging.getLogger("dppo").exception("this is a bug in dppo; please report it with the lines below")
         return EXIT_FAILED
+    return 0
+
+
+def _help() -> int:
+    """The help that Hydra prints for ``--help`` alone, without composing a configuration, which takes a second."""
+    import string
+
+    import yaml
+
+    options: dict[str, list[str]] = {}
+    for path in config.CONF_DIR.glob("*/**/*.yaml"):
+        options.setdefault(path.parent.relative_to(config.CONF_DIR).as_posix(), []).append(path.stem)
+    groups = "".join(f"{group}: {', '.join(sorted(options[group]))}\n" for group in sorted(options))
+    template = yaml.safe_load((config.CONF_DIR / "config.yaml").read_text("utf-8"))["hydra"]["help"]["template"]
+    try:
+        print(string.Template(template).substitute(APP_CONFIG_GROUPS=groups), flush=True)
+    except BrokenPipeError:  # the reader has seen enough
+        sys.stderr.close()
     return 0
 
 

@@ -215,6 +215,7 @@ def test_help_names_every_group_and_option(dppo: Run) -> None:
             group = path.parent.relative_to(CONF_DIR).as_posix()
             line = next(line for line in done.stdout.splitlines() if line.startswith(f"{group}:"))
             assert path.stem in line
+    assert dppo("--help", "seed=0").stdout == done.stdout  # Hydra's own, which composes first
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])

