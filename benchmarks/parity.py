@@ -43,7 +43,6 @@ MARK = "<!-- What follows is written by python -m benchmarks.parity -->"
 TRAIN = (
     f"train.batch_size={BATCH_SIZE}",
     "train.steps=null",
-    "train.epochs=1",
     "train.learning_rate=0.0005",
     "train.schedule=constant",
     "train.warmup_ratio=0",
@@ -79,11 +78,14 @@ class Case:
     differs: str = ""
     note: str = ""
     micro_batches: int = 1
+    epochs: int = 1
 
     @property
     def trl(self) -> str:
         """The trainer and its arguments, in words."""
         words = [f"{key}={value}" for key, value in self.arguments.items()]
+        if self.epochs > 1:
+            words.append(f"num_train_epochs={self.epochs}")
         if self.micro_batches > 1:
             words.append(f"gradient_accumulation_steps={self.micro_batches}")
         return " ".join([f"{self.trainer}Trainer", *words])
@@ -150,6 +152,10 @@ def examples(
 
 def pairs() -> list[EncodedExample]:
     return examples(("chosen", "rejected"))
+
+
+def one_batch_of_pairs() -> list[EncodedExample]:
+    return pairs()[:BATCH_SIZE]
 
 
 def after_one_token() -> list[EncodedExample]:
@@ -226,6 +232,14 @@ CASES = (
         "KTO",
         {"beta": 0.1, "desirable_weight": 0.7, "undesirable_weight": 1.4},
         labelled,
+    ),
+    Case(
+        "loss=kto beta=0.1 loss.z_scope=micro_batch",
+        "KTO",
+        {"beta": 0.1},
+        one_batch_of_pairs,
+        note="pairs, all in one batch: its rows are the chosen answers, then the rejected ones",
+        epochs=8,
     ),
     Case("loss=kto beta=0.1 loss.z0=zero", "KTO", {"loss_type": "apo_zero_unpaired", "beta": 0.1}, labelled),
     Case(
@@ -305,7 +319,7 @@ def compare(case: Case) -> Comparison:
     from dppo.batches import batches
     from dppo.config import compose, load
 
-    overrides = [*case.words.split(), *TRAIN]
+    overrides = [*case.words.split(), *TRAIN, f"train.epochs={case.epochs}"]
     phase = next(iter(load(compose(overrides), overrides).phases.values()))
     drawn = case.examples()
     steps = math.ceil(len(drawn) / BATCH_SIZE)
@@ -413,10 +427,11 @@ def steps_of_trl(
     home = f"trl.experimental.{case.trainer.lower()}" if case.trainer in ("CPO", "ORPO") else "trl"
     module = importlib.import_module(home)
     settings = phase.train
+    rows_of_each = len(ordered[0].responses) if case.trainer == "KTO" else 1
     arguments: dict[str, Any] = {
         "output_dir": str(folder / "trl"),
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": BATCH_SIZE // case.micro_batches,
+        "num_train_epochs": case.epochs,
+        "per_device_train_batch_size": BATCH_SIZE * rows_of_each // case.micro_batches,
         "gradient_accumulation_steps": case.micro_batches,
         "train_sampling_strategy": "sequential",
         "learning_rate": settings.learning_rate,
@@ -456,13 +471,11 @@ def steps_of_trl(
 def row(case: Case, example: EncodedExample) -> dict[str, Any]:
     """An example as text, in the columns that the trainer wants."""
     found: dict[str, Any] = {"prompt": text(example.prompt_ids)}
-    if case.trainer == "KTO":
-        (answer,) = example.responses
-        return found | {"completion": " " + text(answer.token_ids), "label": answer.role == "desirable"}
-    if case.trainer == "SFT":
-        (answer,) = example.responses
-        return found | {"completion": " " + text(answer.token_ids)}
-    return found | {answer.role: " " + text(answer.token_ids) for answer in example.responses}
+    if len(example.responses) > 1:
+        return found | {answer.role: " " + text(answer.token_ids) for answer in example.responses}
+    (answer,) = example.responses
+    found["completion"] = " " + text(answer.token_ids)
+    return found if case.trainer == "SFT" else found | {"label": answer.role == "desirable"}
 
 
 def text(token_ids: Sequence[int]) -> str:
