@@ -1,3 +1,5 @@
+"""Answers of the row before, for KTO's z as in TRL."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,15 +14,6 @@ def mismatched(examples: Sequence[EncodedExample]) -> dict[str, list[tuple[int, 
         one.example_id: [answer.token_ids for answer in one.responses if answer.role == "mismatched"]
         for one in examples
     }
-
-
-def test_a_row_gets_the_answer_of_the_row_before_in_its_batch() -> None:
-    a = example("a", [1], ("desirable", [11]))
-    b = example("b", [2], ("undesirable", [12]))
-    c = example("c", [3], ("desirable", [13]))
-    d = example("d", [4], ("desirable", [14]))
-    found = with_answers_of_the_row_before([a, b, c, d], [[c, a, b], [d]], None)
-    assert mismatched(found) == {"c": [(12,)], "a": [(13,)], "b": [(11,)], "d": [(14,)]}
 
 
 def test_the_rows_of_pairs_are_all_chosen_then_all_rejected_answers() -> None:
