@@ -219,6 +219,7 @@ CASES = (
         pairs,
         differs="TRL's sigmoid ignores label_smoothing",
     ),
+    Case("loss=dpo_norm beta=5", "DPO", {"loss_type": "sigmoid_norm", "beta": 5.0}, pairs),
     Case("loss=ipo loss.tau=0.1", "DPO", {"loss_type": "ipo", "beta": 0.1}, pairs),
     Case(
         "loss=ipo loss.tau=0.1 loss.sft_weight=1 loss.nll=token_mean",

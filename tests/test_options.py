@@ -24,14 +24,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RUNS = [
-    *(f"loss={name}" for name in options("loss")),
-    # conll needs a base with a log-ratio logit; the others take every base.
-    *(f"loss={family} loss/base={base}" for family, base in zip(
-        ["unll", "minll", "simnpo", "npo", "conll", "conll", "unll", "minll", "conll"],
-        options("loss/base"),
-        strict=True,
-    ) if not (family == "conll" and base in ("ipo", "slic", "cpo", "orpo"))),
-    *(f"loss={family} penalty={name}" for family in ("unll", "minll", "conll") for name in options("penalty")),
+    # losses, penalties and bases: tests/test_methods.py
+    "loss=none",
     "loss=unll penalty=expectile zeta=0.2 loss.margin=mean",
     "loss=unll loss.margin=implicit",
     "loss=unll loss.level=token_sum loss.mask_shared_prefix=true",

@@ -284,8 +284,8 @@ class ConLL(PenalisedLoss):
     """The penalty inside the sigmoid: -log sigmoid(logit_base - alpha beta f(r) g), beta the base's. >= 0.
 
     g is y_g's log-ratio on the scale of the base's logit: s_g - s_g^r (dpo, r_dpo, dpo_positive inside) or
-    m_g - m_g^r (simpo, alpha_dpo), so the reference is always needed. Label smoothing and NLL term are the base's.
-    At policy = reference with dpo as base: ln 2.
+    m_g - m_g^r (dpo_norm, simpo, alpha_dpo), so the reference is always needed. Label smoothing and NLL term are the
+    base's. At policy = reference with dpo as base: ln 2.
     """
 
     name: ClassVar[str] = "conll"
@@ -307,7 +307,7 @@ class ConLL(PenalisedLoss):
         if not isinstance(self.base, LogitLoss) or self.base.logit_scale is None:
             raise UserError(
                 f"base={self.base.name}: loss=conll moves a generated answer's log-ratio into the base's sigmoid, "
-                "which only dpo, r_dpo, simpo, alpha_dpo and dpo_positive with placement=inside have; "
+                "which only dpo, dpo_norm, r_dpo, simpo, alpha_dpo and dpo_positive with placement=inside have; "
                 "choose loss/base=dpo or another of them"
             )
         return self.base
