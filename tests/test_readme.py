@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import dppo.__main__ as entry
-from dppo import cache
+from dppo import cache, compare
 from dppo.config import CONF_DIR
 from tests.conftest import small
 from tests.data.test_sources import chat_row, chats, pair_row, preferences
@@ -35,6 +35,8 @@ def reduced(words: list[str]) -> list[str]:
         return words
     flags = [word for word in words if word == "-m"]
     extra = []
+    if any(word.startswith("experiment=claim_") for word in words):
+        words = [*words, "seed=0"]
     if "+experiment=unll_then_dpo" in words:
         extra = ["phases.unll.train.steps=2", "phases.dpo.train.steps=2"]
     return [*small(*(word for word in words if word != "-m"), *extra), *flags]
@@ -46,11 +48,20 @@ def test_every_command_runs(
 ) -> None:
     rows = [{"prompt": f"Say {n}.", "chosen": f"{n}!", "rejected": "No."} for n in range(300)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ranked = [{"prompt": f"Say {n}.", "responses": [f"{n}!", "No.", f"{n}."], "scores": [3, 1, 2]} for n in range(300)]
+    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranked))
+    labelled = [{"prompt": f"Say {n}.", "completion": f"{n}!", "label": n % 2 == 0} for n in range(300)]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     (tmp_path / "outputs" / "cache").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     _, _, module, *words = shlex.split(command)
+    if module == "dppo.compare" or any(word.startswith("init_from=") for word in words):
+        monkeypatch.setattr(sys, "argv", ["dppo", *small("loss=dpo", "hydra.run.dir=outputs/mine")])
+        assert entry.main() == 0
     if module == "dppo.cache":
         status = cache.main(words)
+    elif module == "dppo.compare":
+        status = compare.main(words)
     else:
         monkeypatch.setattr(sys, "argv", ["dppo", *reduced(words)])
         try:
