@@ -18,7 +18,7 @@ from dppo.command_line import (
     dotted,
     explain_composition,
 )
-from dppo.errors import UserError
+from dppo.errors import Resumable, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -95,6 +95,7 @@ def _main() -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Our own one-line messages replace Hydra's report of exceptions.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    _prefer_own_sweeper()
     typed = sys.argv[1:]
     try:
         arguments = config.canonical(typed)
@@ -121,6 +122,9 @@ def _main() -> int:
         return complain(str(error))
     except HydraException as error:
         return complain(explain_composition(error, overrides, _known_keys()))
+    except Resumable as stop:
+        print(f"interrupted: {stop} continues", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except KeyboardInterrupt as stop:
         said = str(stop)
         print(f"interrupted{': ' + said if said else ''}; the same command continues", file=sys.stderr)
@@ -148,6 +152,8 @@ def _help() -> int:
 
     options: dict[str, list[str]] = {}
     for path in config.CONF_DIR.glob("*/**/*.yaml"):
+        if path.relative_to(config.CONF_DIR).parts[0] == "hydra":
+            continue  # the template names them, as Hydra leaves them out
         options.setdefault(path.parent.relative_to(config.CONF_DIR).as_posix(), []).append(path.stem)
     groups = "".join(f"{group}: {', '.join(sorted(options[group]))}\n" for group in sorted(options))
     template = yaml.safe_load((config.CONF_DIR / "config.yaml").read_text("utf-8"))["hydra"]["help"]["template"]
@@ -190,12 +196,31 @@ def _check(overrides: Sequence[str], *, multirun: bool) -> None:
             raise UserError(f"job {number} ({' '.join(job)}): {error}") from None
 
 
+def _prefer_own_sweeper() -> None:
+    """Let ``hydra/sweeper=optuna`` mean conf/hydra/sweeper, also where Hydra's official Optuna plugin is installed."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # imports the plugins, which store their configurations
+    sweepers = ConfigStore.instance().repo["hydra"]["sweeper"]
+    sweepers.pop("optuna.yaml", None)
+    sweepers.pop("sampler", None)
+
+
+def _is_search(sweeper: Any) -> bool:
+    return str(sweeper.get("_target_", "")) == "hydra_plugins.dppo_sweeper.OptunaSweeper"
+
+
 def _search_space(overrides: Sequence[str]) -> list[str]:
     """A preset's search space as words of the command line, without the keys that the user typed.
 
     Hydra's basic sweeper would take a key that is both typed and in the preset twice, and run every job many times.
+    A search with Optuna keeps the two apart itself, and gets its fixed directory here: the same command finds it again.
     """
     sweeper = config.compose(_fixed(overrides), with_hydra=True).hydra.sweeper
+    if _is_search(sweeper):
+        placed = any(word.startswith("hydra.sweep.dir=") for word in overrides)
+        return [] if placed else ["hydra.sweep.dir=outputs/sweeps/${hydra.sweeper.study_name}"]
     if not str(sweeper.get("_target_", "")).endswith("BasicSweeper") or not sweeper.params:
         return []
     typed = {word.lstrip("+~").partition("=")[0] for word in overrides}
@@ -218,6 +243,8 @@ def _jobs(overrides: Sequence[str]) -> list[list[str]]:
 
     fixed = _fixed(overrides)
     base: Any = config.compose(fixed, with_hydra=True)
+    if _is_search(base.hydra.sweeper):
+        return []  # the sweeper checks its whole search space before its first trial
     if not str(base.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return [fixed]
     parsed = OverridesParser.create().parse_overrides(list(overrides))

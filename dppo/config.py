@@ -329,6 +329,11 @@ def load(composed: DictConfig, overrides: Sequence[str] = ()) -> Experiment:
     return cast("Experiment", door.dataclass(Experiment, values, "", given={"phases": built, "notices": notices}))
 
 
+def typed(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    """Build settings that are not part of an experiment from plain values, checked as everything is."""
+    return _Door(()).dataclass(cls, values, path)
+
+
 def _strings(value: object, path: str) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
         raise UserError(f"{path}={shown(value)}: must be a list of words")

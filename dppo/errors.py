@@ -8,3 +8,7 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class Resumable(KeyboardInterrupt):
+    """The user stopped what another command continues; the message says which."""

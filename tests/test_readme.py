@@ -119,7 +119,7 @@ def groups_table() -> str:
     defaults = dict(re.findall(r"^  - (\w+): (\w+)$", (CONF_DIR / "config.yaml").read_text(), re.MULTILINE))
     for folder in sorted(path for path in CONF_DIR.rglob("*") if path.is_dir() and any(path.glob("*.yaml"))):
         group = folder.relative_to(CONF_DIR).as_posix()
-        first = defaults.get(group, "dpo" if group == "loss/base" else "")
+        first = {**defaults, "loss/base": "dpo", "hydra/sweeper/sampler": "tpe"}.get(group, "")
         options = sorted(path.stem for path in folder.glob("*.yaml"))
         ordered = [first, *(option for option in options if option != first)] if first else options
         rows.append(f"| `{group}` | {' '.join(f'`{option}`' for option in ordered)} |")
