@@ -83,9 +83,8 @@ class OptunaSweeper(Sweeper):
             while (asked := study.ask()) is not None:
                 self._run(study, asked, objectives)
         except KeyboardInterrupt as stop:
-            raise Resumable(
-                f"{stop or 'the search stopped'}; the same command with hydra.sweeper.resume=true"
-            ) from None
+            said = f"{stop}; " if str(stop) else ""
+            raise Resumable(f"{said}the same command with hydra.sweeper.resume=true") from None
         finally:
             for line in report.write(study, objectives):
                 say(line)

@@ -15,7 +15,7 @@ from dppo.config import CONF_DIR, SWEEPS_DIR, _Door, compose, load
 from dppo.errors import UserError
 from tests.conftest import small
 
-SETTINGS = ("_target_", "defaults")
+SETTINGS = ("_target_", "_recursive_", "_convert_", "defaults")
 
 
 @dataclass(frozen=True)
