@@ -219,7 +219,7 @@ def _search_space(overrides: Sequence[str]) -> list[str]:
     """
     sweeper = config.compose(_fixed(overrides), with_hydra=True).hydra.sweeper
     if _is_search(sweeper):
-        placed = any(word.startswith("hydra.sweep.dir=") for word in overrides)
+        placed = any(word.lstrip("+").startswith("hydra.sweep.dir=") for word in overrides)
         return [] if placed else ["hydra.sweep.dir=outputs/sweeps/${hydra.sweeper.study_name}"]
     if not str(sweeper.get("_target_", "")).endswith("BasicSweeper") or not sweeper.params:
         return []

@@ -61,6 +61,9 @@ class OptunaSweeper(Sweeper):
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("hydra/sweeper=optuna: a search is one process, not several under torchrun")
+        assert self.config is not None
+        if OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["subdir"] != "${hydra.job.num}":  # type: ignore
+            raise UserError("hydra.sweep.subdir: a trial's directory is its number; drop it")
         given = dict(self.given)
         direction = given.get("direction")
         given["direction"] = [direction] if isinstance(direction, str) else direction
@@ -68,14 +71,15 @@ class OptunaSweeper(Sweeper):
         fixed, parameters = self._parse(arguments, settings)
         space = self._space(fixed, parameters, settings)
         sampler = sampler_from(settings.sampler, settings.direction)
-        sampler.limit(space)
+        limit = sampler.limit(space)
         configuration, objectives = self._check(space, fixed, settings)
 
-        assert self.config is not None
         directory = Path(str(self.config.hydra.sweep.dir))
         study = open_study(settings, space, sampler, directory, fixed, configuration)
         for name, line in space.description().items():
             say(f"search {name}: {line}")
+        if limit is not None and limit > settings.n_trials:
+            say(f"the grid holds {limit} combinations: the first hydra.sweeper.n_trials={settings.n_trials} are run")
         try:
             for lost, again in study.reclaim():
                 say(f"trial {lost.number} was abandoned: again as trial {again.number}")

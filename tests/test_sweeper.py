@@ -21,6 +21,7 @@ import pytest
 import yaml
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from dppo import pipeline
 from dppo.config import CONF_DIR
 from dppo.errors import UserError
 from dppo.results import command_line
@@ -31,6 +32,7 @@ from dppo.search.settings import Direction, SearchSettings
 from dppo.search.space import Parameter, Space, Value
 from dppo.search.study import Study
 from tests.conftest import Run, small
+from tests.test_architecture import imports
 from tests.test_command_line import typed
 
 # The win rate of eight prompts hardly moves; this does.
@@ -151,6 +153,7 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
     ("no storage", ["hydra.sweeper.storage=here"], ["hydra.sweeper.storage=here", "sqlite:///"]),
     ("unknown storage", ["hydra.sweeper.storage=sqlit:///x"], ["Did you mean sqlite?"]),
     ("locked", ["hydra.sweeper.storage=sqlite:///locked.db"], ["locked.db", "locked"]),
+    ("directories", ["hydra.sweep.subdir=here"], ["hydra.sweep.subdir"]),
     ("several processes", ["WORLD_SIZE=2"], ["torchrun"]),
 ]
 
@@ -214,6 +217,44 @@ def test_an_existing_or_changed_study_is_refused(
     assert typed(monkeypatch, tmp_path, *words, resume, "device=cpu") == 0, "where it runs makes no difference"
 
 
+def test_an_interrupted_search_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", interrupted)
+    assert typed(monkeypatch, tmp_path, "-m", "+sweep=alpha") == 130
+    assert "interrupted: the same command with hydra.sweeper.resume=true continues" in capfd.readouterr().err
+    (trial,) = load(tmp_path, "alpha").get_trials()
+    assert trial.state == TrialState.RUNNING
+
+
+def test_a_death_while_reclaiming_takes_no_index_twice(tmp_path: Path) -> None:
+    settings = SearchSettings(3, MAXIMIZE, "sqlite:///x", "x", settings_of("random"), {}, {}, 0.5, True)
+    sampler = sampler_from(settings.sampler, MAXIMIZE)
+    found = Study(optuna.create_study(direction="maximize"), settings, Space((ALPHA,), {}, {}), sampler, tmp_path, [])
+    lost = [found.ask(), found.ask()]
+    assert lost[0] is not None and lost[1] is not None
+    for trial in found.study.get_trials(deepcopy=False):
+        found._note(trial, {studies.OWNER: {**trial.user_attrs[studies.OWNER], "started": 0.0}})
+    found._note(found.study.get_trials()[0], {studies.ABANDONED: True})  # as far as the dead one came
+    (again,) = [asked for _, asked in found.reclaim()]
+    assert again.values == lost[1].values
+    assert [trial.state for trial in found.study.get_trials()[:2]] == [TrialState.FAIL] * 2
+    fresh = found.ask()
+    assert fresh is not None
+    assert fresh.values == lost[0].values
+    assert [trial.user_attrs[studies.INDEX] for trial in found.trials()] == [0, 1]
+
+
+def test_other_applications_pay_nothing_for_the_plugin() -> None:
+    plugin = Path(__file__).resolve().parent.parent / "hydra_plugins" / "dppo_sweeper.py"
+    roots = {name.partition(".")[0] for name in imports(plugin, top_level_only=True)}
+    assert roots <= {*sys.stdlib_module_names, "hydra", "omegaconf"}
+    assert "ConfigStore" not in plugin.read_text()
+
+
 def test_the_lost_are_reclaimed_and_the_living_are_not() -> None:
     own = studies._owner()
     assert not studies._is_gone(own)
@@ -236,13 +277,15 @@ MAXIMIZE: tuple[Direction, ...] = ("maximize",)
 
 
 def search(sampler: Sampler, space: Space, n_trials: int) -> list[dict[str, Value]]:
-    """What a sampler proposes for trials whose value is their alpha; one of them is infinitely bad."""
+    """What a sampler proposes for trials whose value is their alpha; one is infinitely bad, one failed, one runs."""
     trials: list[FrozenTrial] = []
     for index in range(n_trials):
         values = sampler.propose(space, index, trials, MAXIMIZE).values
         score = float(values.get("alpha") or 0.0) if index != 1 else -math.inf
         kept = {one.name: one.distribution() for one in space.parameters if one.name in values}
-        trials.append(create_trial(params=dict(values), distributions=kept, value=score))
+        state = {2: TrialState.FAIL, 3: TrialState.RUNNING}.get(index, TrialState.COMPLETE)
+        value = score if state == TrialState.COMPLETE else None
+        trials.append(create_trial(state=state, params=dict(values), distributions=kept, value=value))
     return [dict(trial.params) for trial in trials]
 
 

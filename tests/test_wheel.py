@@ -54,3 +54,11 @@ def test_an_installed_wheel_runs_the_main_job_from_another_folder(tmp_path: Path
     entry = "from importlib.metadata import entry_points as e; print([x.value for x in e(name='dppo')])"
     script = subprocess.run([program, "-c", entry], cwd=elsewhere, capture_output=True, text=True, env=variables)
     assert "dppo.__main__:main" in script.stdout
+    search = subprocess.run(
+        [program, "-m", "dppo", "-m", "+sweep=alpha", "alpha=0.1"],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        env=variables,
+    )
+    assert "error: hydra/sweeper=optuna: nothing is searched" in search.stderr, "the plugin is found"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dppo.artifacts.files import disk_errors, write_atomic
-from dppo.search.study import ABANDONED, COMMAND, ERROR, STATUS, Study
+from dppo.search.study import ABANDONED, COMMAND, ERROR, INDEX, STATUS, Study
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -49,9 +49,10 @@ def write(study: Study, objectives: Sequence[str]) -> list[str]:
     for trial in trials:
         if ERROR in trial.user_attrs:
             lines.append(f"trial {trial.number} failed: {trial.user_attrs[ERROR]}")
+    numbers = {trial.user_attrs[INDEX]: trial.number for trial in trials}
     for trial in study.study.get_trials(deepcopy=False):
-        if ABANDONED in trial.user_attrs:
-            lines.append(f"trial {trial.number} was abandoned and run again as {trial.user_attrs[ABANDONED]}")
+        if ABANDONED in trial.user_attrs and trial.user_attrs[INDEX] in numbers:
+            lines.append(f"trial {trial.number} was abandoned and run again as {numbers[trial.user_attrs[INDEX]]}")
     _csv(study.directory / "trials.csv", [*header, "command"], trials, rows)
     if not winners:
         return [*lines, "no trial was completed", f"files {study.directory}"]

@@ -82,15 +82,19 @@ class Study:
 
         while True:
             with hold(self.directory / ".study.lock", "the study"), storage_errors(self.settings.storage):
-                running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
+                running = [
+                    trial for trial in self.study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING
+                ]
                 lost = next((trial for trial in running if _is_gone(trial.user_attrs[OWNER])), None)
                 if lost is None:
                     return
-                index = int(lost.user_attrs[INDEX])
-                # First the copy: a death between the two leaves one abandoned trial too many, never one too few.
-                again = self._begin(index, lost.params, lost.system_attrs)
-                self._note(lost, {ABANDONED: again.number})
+                # First out of the count: whoever dies here leaves an index that is free, never one that is taken twice.
+                known = ABANDONED in lost.user_attrs
+                self._note(lost, {ABANDONED: True})
                 self.study.tell(lost.number, state=TrialState.FAIL)
+                if known:
+                    continue
+                again = self._begin(int(lost.user_attrs[INDEX]), lost.params, lost.system_attrs)
             yield lost, again
 
     def _begin(self, index: int, values: Mapping[str, Any], attributes: Mapping[str, Any]) -> Asked:
