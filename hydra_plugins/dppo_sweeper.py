@@ -62,7 +62,9 @@ class OptunaSweeper(Sweeper):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("hydra/sweeper=optuna: a search is one process, not several under torchrun")
         assert self.config is not None
-        if OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["subdir"] != "${hydra.job.num}":  # type: ignore
+        places = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
+        assert isinstance(places, dict)
+        if places["subdir"] != "${hydra.job.num}":
             raise UserError("hydra.sweep.subdir: a trial's directory is its number; drop it")
         given = dict(self.given)
         direction = given.get("direction")
