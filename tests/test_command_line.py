@@ -182,6 +182,7 @@ def test_a_run_leaves_every_file_and_nothing_elsewhere(dppo: Run, tmp_path: Path
         "parents.json",
         "result.json",
         "run.log",
+        "pairs.jsonl",
         "samples.jsonl",
         "versions.json",
     }
