@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dppo.__main__ as entry
-from dppo import cache
+from dppo import cache, methods
 from dppo.config import CONF_DIR
 from tests.conftest import small
 
@@ -46,8 +46,8 @@ def test_every_command_runs(
     (tmp_path / "outputs" / "cache").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     _, _, module, *words = shlex.split(command)
-    if module == "dppo.cache":
-        status = cache.main(words)
+    if module != "dppo":
+        status = {"dppo.cache": cache.main, "dppo.methods": methods.main}[module](words)
     else:
         monkeypatch.setattr(sys, "argv", ["dppo", *reduced(words)])
         try:
