@@ -53,13 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = {option.name: option for option in options()}
         for name in arguments.names:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
+                near = difflib.get_close_matches(name.lower(), known, n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise UserError(f"{name}: there is no such method.{hint} Known: {', '.join(known)}")
-        chosen = [known[name] for name in arguments.names]
-        section = markdown if arguments.markdown else plain
-        whole = page() if arguments.markdown else [line for option in known.values() for line in plain(option)]
-        lines = [line for option in chosen for line in section(option)] or whole
+        if arguments.markdown and not arguments.names:
+            lines = page()
+        else:
+            show = markdown if arguments.markdown else plain
+            lines = [line for name in arguments.names or known for line in show(known[name])]
         print("\n".join(lines).rstrip("\n"), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -116,6 +116,7 @@ def test_in_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["simpoo"], "error: simpoo: there is no such method. Did you mean simpo? Known: alpha_dpo, "),
+        (["R-DPO"], "error: R-DPO: there is no such method. Did you mean r_dpo? Known: "),
         (["dpo", "xyzzy"], "error: xyzzy: there is no such method. Known: "),
         (["--html"], "error: unrecognized arguments: --html; see python -m dppo.methods --help"),
     ],
