@@ -1,7 +1,8 @@
 """How the claims about speed are measured: ``python -m benchmarks [--only NAME ...] [--json FILE]``.
 
 Every row compares two things in one run, in turn, so that a machine whose speed drifts cannot decide: the ratio of
-each round is taken, and best and median of the rounds are printed. ``benchmarks.artifacts`` measures the cache alone.
+each round is taken, and best and median of the rounds are printed. ``benchmarks.artifacts`` measures the cache alone,
+``benchmarks.parity`` compares losses and gradients with TRL's.
 """
 
 from __future__ import annotations

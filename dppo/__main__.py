@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dppo import config
+from dppo import config, startup
 from dppo.command_line import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -70,11 +70,23 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
             raise
         # Past Hydra, which would announce an exception in lines of its own.
         raise SystemExit(complain(str(error))) from None
+    finally:
+        startup.end()  # a run that finds everything in the cache loads no model
     return values[0] if len(values) == 1 else values
 
 
 def main() -> int:
     """Run the command line of this process; returns the exit status."""
+    startup.begin()
+    try:
+        return _main()
+    finally:
+        startup.end()
+
+
+def _main() -> int:
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        return _help()
     from hydra.errors import HydraException
 
     # One BLAS and tokenizer thread pool is enough; forked tokenizers would warn on every run.
@@ -96,6 +108,10 @@ def main() -> int:
         arguments.insert(places[0] if places else len(arguments), f"hydra.searchpath=[file://{config.SWEEPS_DIR}]")
     sys.argv[1:] = [*arguments, *_SILENT] if int(os.environ.get("RANK", "0")) > 0 and checking else arguments
     try:
+        if checking == "multirun" and (space := _search_space(overrides)):
+            overrides = [*space, *overrides]
+            places = [at for at, word in enumerate(sys.argv) if at and not word.startswith("-")]
+            sys.argv[places[0] : places[0]] = space
         if checking:
             _check(overrides, multirun=checking == "multirun")
         import hydra
@@ -121,6 +137,24 @@ def main() -> int:
     except Exception:
         logging.getLogger("dppo").exception("this is a bug in dppo; please report it with the lines below")
         return EXIT_FAILED
+    return 0
+
+
+def _help() -> int:
+    """The help that Hydra prints for ``--help`` alone, without composing a configuration, which takes a second."""
+    import string
+
+    import yaml
+
+    options: dict[str, list[str]] = {}
+    for path in config.CONF_DIR.glob("*/**/*.yaml"):
+        options.setdefault(path.parent.relative_to(config.CONF_DIR).as_posix(), []).append(path.stem)
+    groups = "".join(f"{group}: {', '.join(sorted(options[group]))}\n" for group in sorted(options))
+    template = yaml.safe_load((config.CONF_DIR / "config.yaml").read_text("utf-8"))["hydra"]["help"]["template"]
+    try:
+        print(string.Template(template).substitute(APP_CONFIG_GROUPS=groups), flush=True)
+    except BrokenPipeError:  # the reader has seen enough
+        sys.stderr.close()
     return 0
 
 
@@ -156,26 +190,37 @@ def _check(overrides: Sequence[str], *, multirun: bool) -> None:
             raise UserError(f"job {number} ({' '.join(job)}): {error}") from None
 
 
+def _search_space(overrides: Sequence[str]) -> list[str]:
+    """A preset's search space as words of the command line, without the keys that the user typed.
+
+    Hydra's basic sweeper would take a key that is both typed and in the preset twice, and run every job many times.
+    """
+    sweeper = config.compose(_fixed(overrides), with_hydra=True).hydra.sweeper
+    if not str(sweeper.get("_target_", "")).endswith("BasicSweeper") or not sweeper.params:
+        return []
+    typed = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    preset = [f"{key}={value}" for key, value in sweeper.params.items() if key not in typed]
+    return [*preset, "hydra.sweeper.params=null"]
+
+
+def _fixed(overrides: Sequence[str]) -> list[str]:
+    """The words that are the same in every job."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [word for word, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
+
+
 def _jobs(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every job that Hydra's basic sweeper would launch, in its order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parser = OverridesParser.create()
-    words = list(overrides)
-    fixed = [
-        word
-        for word, parsed in zip(words, parser.parse_overrides(words), strict=True)
-        if not parsed.is_sweep_override()
-    ]
+    fixed = _fixed(overrides)
     base: Any = config.compose(fixed, with_hydra=True)
-    sweeper = base.hydra.sweeper
-    if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
+    if not str(base.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return [fixed]
-    typed = {word.partition("=")[0] for word in words}
-    preset = [f"{key}={value}" for key, value in (sweeper.params or {}).items() if key not in typed]
-    words = [*preset, *words]
-    parsed = parser.parse_overrides(words)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     n_jobs = 1
     for override in parsed:
         n_jobs *= len(list(override.sweep_string_iterator())) if override.is_discrete_sweep() else 1

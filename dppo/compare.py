@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dppo.errors import UserError
-from dppo.evaluation.comparison import METRICS, Line, compare_runs, configurations, find_runs
+from dppo.evaluation.comparison import METRICS, Line, compare_runs, configurations, find_runs, sft_value
 from dppo.evaluation.win_rates import Interval
 
 _WHISKERS = 25
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             n_bootstrap=arguments.n_bootstrap,
             seed=0,
         )
-        print("\n".join(table(lines, arguments.metric)))
+        print("\n".join(table(lines, arguments.metric, sft_value(found, arguments.metric))))
         if arguments.json is not None:
             arguments.json.write_text(
                 json.dumps(
@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def table(lines: Sequence[Line], metric: str) -> list[str]:
-    """The comparison as text; the whiskers span the lowest to the highest bound."""
+def table(lines: Sequence[Line], metric: str, sft: float | None) -> list[str]:
+    """The comparison as text; the whiskers span the lowest to the highest bound, ``sft`` is the SFT model's value."""
     low = min(line.value.low for line in lines)
     high = max(line.value.high for line in lines)
     comparisons = sum(line.difference is not None for line in lines)
@@ -100,6 +100,8 @@ def table(lines: Sequence[Line], metric: str) -> list[str]:
         f"{metric}: {METRICS[metric]}; n = {lines[0].n}; 95 % intervals, bootstrap over seeds and "
         f"{'pairs' if metric in ('chosen_log_ratio', 'accuracy', 'after_edit') else 'prompts'}."
     ]
+    if sft is not None:
+        notes[0] += f" The SFT model: {sft:.3f}."
     if comparisons:
         several = f"{comparisons} comparison{'s' if comparisons > 1 else ''}"
         notes.append(

@@ -154,10 +154,17 @@ class Accumulated:
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
     distributions: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, terms: LossTerms, policy: ResponseLogps, reference: ResponseLogps | None) -> None:
+    def add(
+        self, terms: LossTerms, policy: ResponseLogps, reference: ResponseLogps | None, *, logged: bool = True
+    ) -> None:
+        """``logged``: with the columns that ``metrics`` shows."""
         self.value += float((terms.value.detach() * terms.weight).sum())
         self.weight += float(terms.weight.sum())
         self.n_examples += len(terms.value)
+        for name, values in terms.distributions.items():
+            self.distributions.setdefault(name, []).append(values.detach().double().cpu())
+        if not logged:
+            return
         columns = {**likelihoods(policy, reference), **terms.metrics}
         columns |= {f"rewards/{name}": reward for name, reward in terms.rewards.items()}
         if {"chosen", "rejected"} <= terms.rewards.keys():
@@ -165,8 +172,6 @@ class Accumulated:
             columns |= {"rewards/margins": margin, "rewards/accuracies": _share_positive(margin)}
         for name, values in columns.items():
             self.columns.setdefault(name, []).append(values.detach().double().cpu())
-        for name, values in terms.distributions.items():
-            self.distributions.setdefault(name, []).append(values.detach().double().cpu())
 
     def metrics(self) -> Metrics:
         """Means over the examples that have a value, and the 95th percentile of what is a distribution."""
@@ -269,6 +274,8 @@ def train(
     """
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(settings.deterministic)
+    # Filling every new tensor before an operation writes its result there takes time and changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     set_dropout(model, settings.dropout)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -307,11 +314,12 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = rate
             before = state.statistics
-            sums, state.statistics, tokens, bad = run.accumulate(batch, before)
             last = number + 1 == steps
+            logged = (number + 1) % settings.log_every == 0 or number == 0 or last
             evaluates = bool(
                 settings.evaluate_every and held_out and ((number + 1) % settings.evaluate_every == 0 or last)
             )
+            sums, state.statistics, tokens, bad = run.accumulate(batch, before, logged=logged)
             grad_norm, beside = math.nan, {}
             if not bad:
                 if evaluates and settings.penalty_gradient_ratio and isinstance(objective, PenalisedLoss):
@@ -328,7 +336,7 @@ def train(
                 state.watch.notices += (notice,)
                 if main:
                     _log.warning("warning: %s step %d: %s", title, state.step, notice)
-            if main and (state.step % settings.log_every == 0 or state.step == 1 or last):
+            if main and logged:
                 elapsed = time.perf_counter() - started
                 found = sums.metrics()
                 log(
@@ -399,7 +407,7 @@ class _Run:
         return batch, policy, reference, context_of(batch, mean_tokens, statistics)
 
     def accumulate(
-        self, examples: Sequence[EncodedExample], statistics: Tensor | None
+        self, examples: Sequence[EncodedExample], statistics: Tensor | None, *, logged: bool = True
     ) -> tuple[Accumulated, Tensor | None, int, tuple[str, ...]]:
         """Gradients of the summed loss over one optimiser batch.
 
@@ -438,7 +446,7 @@ class _Run:
                 self.accelerator.backward(total)
             if counts:
                 tokens += computed_tokens(batch, self.packing)
-                sums.add(terms, policy, reference)
+                sums.add(terms, policy, reference, logged=logged)
         return self._over_ranks(sums), statistics, int(self._total(float(tokens))), self._first_bad(bad)
 
     def _partial_statistics(
@@ -470,7 +478,7 @@ class _Run:
         for value in parameters.values():
             value.grad = None
         base = dataclasses.replace(self, objective=dataclasses.replace(objective, alpha=0.0))
-        base.accumulate(examples, statistics)
+        base.accumulate(examples, statistics, logged=False)
         squares = torch.zeros(2, dtype=torch.float64)
         for name, value in parameters.items():
             ours, own = whole[name], value.grad

@@ -125,6 +125,23 @@ class TinyLlama:
         return cast("PreTrainedModel", model.eval())
 
 
+def folder_identity(name_or_path: str, revision: str, key: str) -> dict[str, Json]:
+    """The commit of a repository, or a hash of a folder's files. Raises UserError, naming ``key``, if there is none."""
+    folder = local_folder(name_or_path, key)
+    if folder is None:
+        return {"repository": name_or_path, "commit": pinned_commit(name_or_path, "model", revision, key)}
+    files = sorted({file for pattern in _PATTERNS for file in folder.glob(pattern)})
+    return {"files": [file.name for file in files], "content": content_digest(files)}
+
+
+def model_folder(name_or_path: str, revision: str, key: str) -> Path:
+    """The folder of a model, downloaded if it is a repository. Raises UserError, naming ``key``."""
+    folder = local_folder(name_or_path, key)
+    if folder is None:
+        folder = snapshot(name_or_path, "model", pinned_commit(name_or_path, "model", revision, key), _PATTERNS, key)
+    return folder
+
+
 @dataclass(frozen=True)
 class PretrainedModel:
     """A causal LM that transformers knows, from a repository of the Hugging Face Hub or a folder in its layout.
@@ -139,17 +156,8 @@ class PretrainedModel:
 
     def identity(self) -> dict[str, Json]:
         """The commit of a repository, or a hash of a folder's files. Raises UserError if there is no such model."""
-        key = "model.name_or_path"
-        identity: dict[str, Json] = {"model": "pretrained", "version": VERSION, "template": self._template()}
-        folder = local_folder(self.name_or_path, key)
-        if folder is None:
-            return {
-                **identity,
-                "repository": self.name_or_path,
-                "commit": pinned_commit(self.name_or_path, "model", self.revision, key),
-            }
-        files = sorted({file for pattern in _PATTERNS for file in folder.glob(pattern)})
-        return {**identity, "files": [file.name for file in files], "content": content_digest(files)}
+        content = folder_identity(self.name_or_path, self.revision, "model.name_or_path")
+        return {"model": "pretrained", "version": VERSION, "template": self._template(), **content}
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises UserError if it cannot be found or loaded."""
@@ -164,12 +172,7 @@ class PretrainedModel:
         return _load_model(self._folder(), f"model.name_or_path={self.name_or_path}")
 
     def _folder(self) -> Path:
-        key = "model.name_or_path"
-        folder = local_folder(self.name_or_path, key)
-        if folder is None:
-            commit = pinned_commit(self.name_or_path, "model", self.revision, key)
-            folder = snapshot(self.name_or_path, "model", commit, _PATTERNS, key)
-        return folder
+        return model_folder(self.name_or_path, self.revision, "model.name_or_path")
 
     def _template(self) -> str | None:
         if self.chat_template is None:
@@ -286,7 +289,15 @@ def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
         return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
-def _load_model(folder: Path, name: str) -> PreTrainedModel:
+def load_classifier(folder: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier in fp32 on the CPU and its tokenizer. Raises UserError, naming ``name``."""
+    from transformers import AutoModelForSequenceClassification
+
+    return _load_model(folder, name, AutoModelForSequenceClassification), _load_tokenizer(folder, name)
+
+
+def _load_model(folder: Path, name: str, kind: Any = None) -> PreTrainedModel:
+    """``kind`` is an auto class of transformers, by default that of causal LMs."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -294,7 +305,7 @@ def _load_model(folder: Path, name: str) -> PreTrainedModel:
         found = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
         raise UserError(f"{name}: has no config.json, so it is no model folder (found {found})")
     with _one_line_errors(name), _no_progress_bars():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = (kind or AutoModelForCausalLM).from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     model, report = loaded

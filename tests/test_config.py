@@ -87,6 +87,9 @@ def options() -> list[tuple[str, str]]:
 # What an option needs before it can be composed on its own.
 NEEDS = {
     ("dataset", "pairs_file"): ["dataset.path=pairs.jsonl"],
+    ("dataset", "ranked_file"): ["dataset.path=ranked.jsonl"],
+    ("dataset", "labelled_file"): ["dataset.path=labelled.jsonl"],
+    ("experiment", "claim_e_low_edit_distance"): ["dataset.path=pairs.parquet"],
     ("model", "pretrained"): ["model.name_or_path=folder"],
 }
 

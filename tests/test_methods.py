@@ -1,134 +1,90 @@
-"""``python -m dppo.methods`` and its page: complete, and the same as classes, configuration and sweeps."""
+"""Every loss, every penalty and every base of every family, each kind in one multirun of the command line."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
+import math
 from pathlib import Path
 
 import pytest
 
-from dppo import methods
-from dppo.__main__ import _jobs
-from dppo.config import CONF_DIR, SWEEPS_DIR, compose, load
-from dppo.losses.penalised import PenalisedLoss
+from dppo.config import CONF_DIR, compose, load
+from dppo.errors import UserError
+from tests.conftest import Run, small
 
-ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = methods.options()
-LOSSES = [option for option in OPTIONS if option.group == "loss" and option.cls is not None]
-GRIDS = [option.name for option in LOSSES if option.name != "sft"]
+FAMILIES = ("minll", "unll", "conll", "npo", "simnpo")
+# Bases without a logit that a generated answer's log-ratio fits into.
+NOT_FOR_CONLL = ("cpo", "ipo", "orpo", "slic")
 
 
-def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    """After a change: python -m dppo.methods --markdown > docs/methods.md."""
-    assert methods.main(["--markdown"]) == 0
-    printed = capsys.readouterr().out
-    assert printed == (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    for group in ("loss", "penalty"):
-        for path in (CONF_DIR / group).glob("*.yaml"):
-            assert printed.count(f"\n## {group}={path.stem}\n") == 1
-            assert group == "penalty" or printed.count(f"\n| [`{path.stem}`]") == 1
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
 
 
-@pytest.mark.parametrize("option", LOSSES, ids=lambda option: option.name)
-def test_a_loss_states_its_facts(option: methods.Option) -> None:
-    facts = set(option.docstring.facts)
-    assert facts >= {"Formula", "Length", "Bounds"}
-    assert option.name == "sft" or "Paper" in facts
-    assert ("At policy = reference" in facts) == (option.reference != "no")
-    # sft has no rewards, and a penalised loss has those of its base.
-    assert ("Rewards" in facts) == (option.name != "sft" and not issubclass(type(option.default), PenalisedLoss))
+def commas(values: list[str] | tuple[str, ...]) -> str:
+    return ",".join(values)
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.group == "penalty"], ids=lambda o: o.name)
-def test_a_penalty_states_its_facts(option: methods.Option) -> None:
-    assert {"Formula", "Bounds"} <= set(option.docstring.facts)
+LOSSES = [name for name in options("loss") if name != "none"]
+BASES = options("loss/base")
+MULTIRUNS = {
+    "every loss": ([f"loss={commas(LOSSES)}"], len(LOSSES)),
+    "every penalty in every family": (
+        [f"loss={commas(FAMILIES)}", f"penalty={commas(options('penalty'))}", "alpha=0.01"],
+        len(FAMILIES) * len(options("penalty")),
+    ),
+    "every base in every family": (
+        [f"loss={commas([name for name in FAMILIES if name != 'conll'])}", f"loss/base={commas(BASES)}", "alpha=0.01"],
+        (len(FAMILIES) - 1) * len(BASES),
+    ),
+    "every base of conll": (
+        ["loss=conll", f"loss/base={commas([name for name in BASES if name not in NOT_FOR_CONLL])}", "alpha=0.01"],
+        len(BASES) - len(NOT_FOR_CONLL),
+    ),
+}
 
 
-@pytest.mark.parametrize("option", LOSSES, ids=lambda option: option.name)
-def test_keys_and_defaults_are_those_of_a_run(option: methods.Option) -> None:
-    words = [f"loss={option.name}"]
-    assert option.default == load(compose(words), words).phases["main"].loss
-    typed = [*words, *(f"{key.name}={key.default}" for key in option.keys)]
-    assert load(compose(typed), typed).phases["main"].loss == option.default
-    assert all(key.comment for key in option.keys)
+@pytest.mark.parametrize("name", MULTIRUNS)
+def test_it_trains(name: str, dppo: Run, tmp_path: Path) -> None:
+    words, n_jobs = MULTIRUNS[name]
+    limits = small("train.steps=5", "evaluation.n_prompts=4", "evaluation.n_pairs=4", "evaluation.n_kl_prompts=2")
+    done = dppo("-m", *words, *limits, "hydra.sweep.dir=sweep", timeout=600)
+    assert done.returncode == 0, done.stderr
+    jobs = sorted((tmp_path / "sweep").glob("*/result.json"))
+    assert len(jobs) == n_jobs
+    for job in jobs:
+        result = json.loads(job.read_text())
+        rows = [json.loads(line) for line in (job.parent / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["train/loss"] for row in rows if "train/loss" in row]
+        assert result["status"] == "complete", result["command"]
+        assert len(losses) == 5
+        assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+        assert {"eval/logps_change/chosen", "eval/logps_change/rejected"} <= rows[-1].keys() | rows[-2].keys()
 
 
-def test_keys_of_penalties_are_typed_as_shown() -> None:
-    typed = [
-        "loss=unll",
-        "penalty=expectile",
-        *(f"{key.name}={key.default}" for key in methods.read("penalty", "expectile").keys),
-    ]
-    assert load(compose(typed), typed).phases["main"].loss.penalty.zeta == 0.5  # type: ignore[attr-defined]
-
-
-def test_needs_follow_the_classes() -> None:
-    found = {option.name: (option.data, option.reference) for option in OPTIONS if option.group == "loss"}
-    assert found["dpo"] == ("pairs", "yes")
-    assert found["simpo"] == ("pairs", "no")
-    assert found["kto"] == ("labelled answers or pairs", "yes")
-    assert found["rrhf"] == ("ranked answers or pairs", "no")
-    assert found["npo"] == ("pairs and y_gen", "yes")
-    assert found["simnpo"] == ("pairs and y_gen", "by base")
-    assert found["none"] == ("-", "-")
-    assert "mismatched" in methods.read("loss", "kto").statistics
-    assert methods.read("loss", "dpo").statistics == ""
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_a_grid_varies_the_loss_that_it_is_named_after(name: str) -> None:
-    """The first and the last job, with the ends of every range, pass the check that comes before a run."""
-    jobs = _jobs([f"+sweep={name}_grid"])
-    first, last = (load(compose(job), job).phases["main"].loss for job in (jobs[0], jobs[-1]))
-    assert first.name == last.name == name
-    assert first != last
-    assert len({tuple(job) for job in jobs}) == len(jobs) >= 2
-
-
-def test_every_grid_belongs_to_a_loss() -> None:
-    found = {path.stem.removesuffix("_grid") for path in (SWEEPS_DIR / "sweep").glob("*_grid.yaml")}
-    assert found - {"alpha"} == set(GRIDS)
-
-
-def test_a_grid_gives_way_to_the_command_line() -> None:
-    jobs = _jobs(["+sweep=unll_grid", "penalty=linear", "alpha=0.1,1"])
-    assert [[word for word in job if word.startswith("alpha=")] for job in jobs] == [["alpha=0.1"], ["alpha=1"]]
-
-
-def test_in_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    assert methods.main(["simpo", "expectile"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(
-        "loss=simpo: Simple preference optimisation.\n\n    -log sigmoid(beta m_w - beta m_l - gamma)\n"
-    )
-    assert "beta=2,2.5 loss.gamma=0.3,0.5,1,1.2,1.4,1.6 (-m +sweep=simpo_grid)" in " ".join(printed.split())
-    assert "\n  zeta=0.5 " in printed
-    assert "`" not in printed
-    assert methods.main([]) == 0
-    everything = capsys.readouterr().out
-    assert all(f"{option.group}={option.name}: " in everything for option in OPTIONS)
-    assert methods.main(["--markdown", "dpo"]) == 0
-    assert capsys.readouterr().out.startswith("## loss=dpo\n")
+@pytest.mark.parametrize("base", NOT_FOR_CONLL)
+def test_conll_refuses_a_base_without_a_logit_for_its_term(base: str) -> None:
+    words = ["loss=conll", f"loss/base={base}"]
+    with pytest.raises(UserError, match=f"loss.base={base}: loss=conll moves a generated answer's log-ratio into"):
+        load(compose(words), words)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "reason"),
     [
-        (["simpoo"], "error: simpoo: there is no such method. Did you mean simpo? Known: alpha_dpo, "),
-        (["R-DPO"], "error: R-DPO: there is no such method. Did you mean r_dpo? Known: "),
-        (["dpo", "xyzzy"], "error: xyzzy: there is no such method. Known: "),
-        (["--html"], "error: unrecognized arguments: --html; see python -m dppo.methods --help"),
+        (["loss=simpo", "loss.gamma=0.5", "loss.gamma_beta_ratio=0.2"], "gamma_beta_ratio=0.2: gamma=0.5 is given too"),
+        (["loss=simpo", "loss.gamma=null"], "give one of them a number"),
+        (["loss=dpo_positive", "loss.placement=outside", "loss.label_smoothing=0.1"], "placement=outside takes none"),
+        (["loss=conll", "loss/base=dpo_positive", "loss.base.placement=outside"], "placement=inside"),
+        (["loss=kto", "beta=0"], "beta=0: must be > 0"),
+        (["loss=kto", "loss.value=hinge"], "must be one of sigmoid, log_sigmoid, identity"),
+        (["loss=rrhf", "loss.lambda_=-1"], "lambda_=-1: must be >= 0"),
+        (["loss=rrhf", "beta=0.1"], "nothing in this run uses beta"),
+        (["loss=kto", "alpha=0.1"], "nothing in this run uses alpha"),
+        (["loss=dpo", "penalty=linear"], "nothing in this run uses penalty"),
     ],
 )
-def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert methods.main(words) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.startswith(message)
-    assert output.err.count("\n") == 1
-
-
-def test_it_needs_no_transformers() -> None:
-    script = "import sys; from dppo import methods; methods.main([]); sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL).returncode == 0
+def test_contradictory_settings_are_refused(words: list[str], reason: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        load(compose(words), words)
+    assert reason in str(refusal.value)

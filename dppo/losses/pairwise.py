@@ -233,6 +233,39 @@ class DPO(SftWeightedLogitLoss):
 
 
 @dataclass(frozen=True)
+class DPONorm(SftWeightedLogitLoss):
+    """DPO on per-token log-ratios: longer answers weigh no more.
+
+    Paper: Lambert 2024, "Tulu 3", arXiv 2411.15124, section 5
+    Formula: -log sigmoid(beta ((m_w - m_w^r) - (m_l - m_l^r)))
+    Length: mean
+    At policy = reference: ln 2
+    Bounds: >= 0
+    Elsewhere: TRL calls it ``sigmoid_norm``.
+    Rewards: beta (m - m^r)
+    """
+
+    name: ClassVar[str] = "dpo_norm"
+    uses_reference: ClassVar[bool] = True
+
+    @property
+    def logit_scale(self) -> Literal["sum", "mean"] | None:
+        return "mean"
+
+    def logit(self, policy: ResponseLogps, reference: ResponseLogps | None, context: LossContext) -> Tensor:
+        reference = reference_of(reference)
+        ours = policy.chosen.mean - policy.rejected.mean
+        return self.beta * (ours - (reference.chosen.mean - reference.rejected.mean))
+
+    def rewards(self, policy: ResponseLogps, reference: ResponseLogps | None) -> dict[str, Tensor]:
+        reference = reference_of(reference)
+        return {
+            "chosen": (self.beta * (policy.chosen.mean - reference.chosen.mean)).detach(),
+            "rejected": (self.beta * (policy.rejected.mean - reference.rejected.mean)).detach(),
+        }
+
+
+@dataclass(frozen=True)
 class RDPO(DPO):
     """DPO with length regularisation.
 

@@ -311,7 +311,7 @@ class ConLL(PenalisedLoss):
     Formula:
         -log sigmoid(logit_base - alpha beta f(r) g)
         g = s_g - s_g^r      base dpo, r_dpo, dpo_positive inside
-        g = m_g - m_g^r      base simpo, alpha_dpo
+        g = m_g - m_g^r      base dpo_norm, simpo, alpha_dpo
     Length: as the base's logit
     At policy = reference: the base's value, because g = 0: ln 2 with dpo
     Bounds: >= 0
@@ -338,7 +338,7 @@ class ConLL(PenalisedLoss):
         if not isinstance(self.base, LogitLoss) or self.base.logit_scale is None:
             raise UserError(
                 f"base={self.base.name}: loss=conll moves a generated answer's log-ratio into the base's sigmoid, "
-                "which only dpo, r_dpo, simpo, alpha_dpo and dpo_positive with placement=inside have; "
+                "which only dpo, dpo_norm, r_dpo, simpo, alpha_dpo and dpo_positive with placement=inside have; "
                 "choose loss/base=dpo or another of them"
             )
         return self.base

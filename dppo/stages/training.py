@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from dppo import startup
 from dppo.artifacts import Build
 from dppo.config import LoraSettings, TrainSettings
 from dppo.errors import UserError
@@ -60,6 +61,7 @@ def continued_policy(bench: Workbench, artifact: Artifact, lora: LoraSettings | 
 
 
 def _on_device(bench: Workbench, model: Any) -> PreTrainedModel:
+    startup.end()  # what is made from here on are batches
     return cast("PreTrainedModel", model.to(bench.device))
 
 

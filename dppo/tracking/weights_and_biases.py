@@ -36,6 +36,9 @@ class WeightsAndBiases:
         require(self.init_timeout_seconds > 0, "init_timeout_seconds", self.init_timeout_seconds, "must be > 0 seconds")
 
     def start(self, run: RunInfo) -> Tracker:
+        # W&B's reports about itself go over the network offline as well, and a server that never answers holds up
+        # the end of a run.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb  # noqa: TID251 - this is the one place
 
         # Everything W&B writes stays in the run directory.
@@ -57,6 +60,9 @@ class WeightsAndBiases:
             "reinit": "create_new",
         }
 
+        # The process's own settings, not only the run's: without them W&B asks for a key in a terminal.
+        wandb.setup(wandb.Settings(silent=True))
+
         def init(mode: Literal["offline", "online"]) -> Any:
             settings = wandb.Settings(
                 silent=True, console="off", init_timeout=self.init_timeout_seconds, disable_git=True, save_code=False
@@ -69,7 +75,7 @@ class WeightsAndBiases:
             if self.mode == "offline":
                 raise
             reason = (str(error).strip().splitlines() or ["no answer"])[0]
-            _log.warning("tracking.mode=online: W&B can't be used (%s); this run is tracked offline", reason)
+            _log.warning("warning: tracking.mode=online: W&B can't be used (%s); this run is tracked offline", reason)
             opened = init("offline")
         opened.define_metric("train/global_step")
         opened.define_metric("train/*", step_metric="train/global_step")

@@ -88,6 +88,10 @@ def dpo(m: Any, **changed: Any) -> Any:
     return m.DPO(**{"beta": 0.1, "label_smoothing": 0.0, **NO_SFT, **changed})
 
 
+def dpo_norm(m: Any, **changed: Any) -> Any:
+    return m.DPONorm(**{"beta": 3.0, "label_smoothing": 0.0, **NO_SFT, **changed})
+
+
 def rdpo(m: Any, **changed: Any) -> Any:
     return m.RDPO(**{"beta": 0.1, "alpha_len": 0.05, "label_smoothing": 0.0, **NO_SFT, **changed})
 
@@ -241,6 +245,16 @@ GOLDEN = [
         lambda m: dpo(m, sft_weight=0.5, nll="token_mean"),
         (DPO_A + 0.5, DPO_B + 0.1 / 3),
     ),
+    # 3 * (-5/12 + 0.35) and 3 * (1.4 - 1.2); m - m^r: chosen 0.1, -0.05, rejected 1/6, -0.25
+    Golden(
+        "dpo_norm",
+        dpo_norm,
+        (nls(-0.2), nls(0.6)),
+        chosen_rewards=(0.3, -0.15),
+        rejected_rewards=(0.5, -0.75),
+    ),
+    # -0.2 - 0.2 * 3 * 0.25 * -0.35
+    Golden("conll on dpo_norm", lambda m: conll(m, base=dpo_norm(m)), (nls(-0.2 + 0.0525), nls(0.6))),
     # d = -1/15, 0.2; the target 1 / (2 tau) is 2
     Golden(
         "ipo",

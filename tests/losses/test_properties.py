@@ -28,6 +28,7 @@ M = classes()
 Build = Callable[..., Any]
 BASES: dict[str, Build] = {
     "dpo": golden.dpo,
+    "dpo_norm": golden.dpo_norm,
     "r_dpo": golden.rdpo,
     "dpo_positive": golden.dpo_positive,
     "dpo_positive outside": lambda m: golden.dpo_positive(m, placement="outside"),
@@ -45,7 +46,7 @@ ADDITIVE: dict[str, Build] = {
     "simnpo": golden.simnpo,
 }
 PENALISED: dict[str, Build] = {**ADDITIVE, "conll": golden.conll}
-CONLL_BASES = ("dpo", "r_dpo", "dpo_positive", "simpo", "alpha_dpo")
+CONLL_BASES = ("dpo", "dpo_norm", "r_dpo", "dpo_positive", "simpo", "alpha_dpo")
 LEGAL = [(loss, base) for loss, base in itertools.product(PENALISED, BASES) if loss != "conll" or base in CONLL_BASES]
 
 
@@ -215,7 +216,7 @@ def test_is_never_negative(loss: Any, batch: tuple[list[Answers], list[Answers]]
 def test_values_at_policy_equal_to_reference(examples: list[Answers]) -> None:
     both = logps(*examples)
     ln2 = torch.full((len(examples),), math.log(2), dtype=torch.float64)
-    for name in ("dpo", "dpo_positive", "dpo_positive outside"):
+    for name in ("dpo", "dpo_norm", "dpo_positive", "dpo_positive outside"):
         torch.testing.assert_close(terms(BASES[name](M), both, both).value, ln2)
     torch.testing.assert_close(terms(penalised("conll"), both, both).value, ln2)
     torch.testing.assert_close(terms(golden.ipo(M, tau=0.5), both, both).value, torch.ones_like(ln2))

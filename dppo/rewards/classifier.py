@@ -1,0 +1,139 @@
+"""A reward model: any sequence classifier that transformers knows."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from dppo.errors import UserError
+from dppo.types import Json, Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VERSION = 1
+KEY = "reward.name_or_path"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The logit ``output`` of a sequence classifier for a prompt and an answer, unbounded on both sides.
+
+    From a repository of the Hugging Face Hub (``revision``: branch, tag or commit) or a folder in its layout. The
+    conversation is written by the model's chat template; models without one read prompt and answer as a pair of
+    texts (the turns of a longer prompt one below the other). At most ``max_length`` tokens: longer conversations lose
+    their beginning (but the first token), of a pair of texts the longer one loses its end; null is the model's own
+    limit. ``tokens_per_batch`` counts padded tokens. ``precision`` bf16 halves the memory of the weights.
+    """
+
+    name_or_path: str
+    revision: str
+    output: int
+    max_length: int | None
+    tokens_per_batch: int
+    precision: Literal["fp32", "bf16"]
+    device: str
+
+    def __post_init__(self) -> None:
+        for key in ("max_length", "tokens_per_batch"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"{key}={value}: must be at least 1")
+        if self.output < 0:
+            raise UserError(f"output={self.output}: must be the place of an output, 0 for the first")
+
+    def identity(self) -> dict[str, Json]:
+        """The model's commit or content, and what else decides a score."""
+        from dppo.models import folder_identity
+
+        return {
+            "reward": "classifier",
+            "version": VERSION,
+            "output": self.output,
+            "max_length": self.max_length,
+            "precision": self.precision,
+            **folder_identity(self.name_or_path, self.revision, KEY),
+        }
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Load the model. Raises UserError if there is none, or it has no such output."""
+        self._loaded()
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """One logit per answer. Raises UserError if one is not finite."""
+        import torch
+
+        model, tokenizer, device = self._loaded()
+        rows = self._tokens(tokenizer, prompts, answers)
+        # Decoders find a row's last token by the padding, which must not be a token of the text.
+        padding = own = model.config.pad_token_id
+        if own is None:
+            used = set().union(*rows)
+            padding = next(one for one in range(len(used) + 1) if one not in used)
+        model.config.pad_token_id = padding
+        found = [math.nan] * len(rows)
+        for part in _by_length([len(row) for row in rows], self.tokens_per_batch):
+            width = max(len(rows[place]) for place in part)
+            token_ids = torch.full((len(part), width), padding)
+            mask = torch.zeros_like(token_ids)
+            for line, place in enumerate(part):
+                token_ids[line, : len(rows[place])] = torch.tensor(rows[place])
+                mask[line, : len(rows[place])] = 1
+            with torch.inference_mode():
+                logits = model(input_ids=token_ids.to(device), attention_mask=mask.to(device)).logits
+            for place, value in zip(part, logits[:, self.output].float().tolist(), strict=True):
+                found[place] = value
+        model.config.pad_token_id = own
+        if not all(map(math.isfinite, found)):
+            raise UserError(f"{KEY}={self.name_or_path}: gave a score that is not finite; try reward.precision=fp32")
+        return found
+
+    def _tokens(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answers: Sequence[str]
+    ) -> list[list[int]]:
+        limit = self.max_length or min(tokenizer.model_max_length, 1 << 20)
+        rows = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if tokenizer.chat_template:
+                chat = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
+                text = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
+                row = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+            else:
+                before = "\n".join(turn.content for turn in prompt.messages)
+                row = list(tokenizer(before, answer, truncation="longest_first", max_length=limit)["input_ids"])
+            rows.append(row if len(row) <= limit else row[:1] + row[len(row) - limit + 1 :])
+        return rows
+
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.device]:
+        return _load(self)
+
+
+@functools.lru_cache(maxsize=1)  # `check` and every call of `score` need the same one
+def _load(reward: Classifier) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
+    import torch
+
+    from dppo.models import load_classifier, model_folder
+
+    name = f"{KEY}={reward.name_or_path}"
+    model, tokenizer = load_classifier(model_folder(reward.name_or_path, reward.revision, KEY), name)
+    n_outputs = int(model.config.num_labels or 0)
+    if reward.output >= n_outputs:
+        raise UserError(f"reward.output={reward.output}: {reward.name_or_path} has {n_outputs} (0 is the first)")
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(automatic if reward.device == "auto" else reward.device)
+    moved: Any = model
+    return moved.to(device, torch.bfloat16 if reward.precision == "bf16" else torch.float32).eval(), tokenizer, device
+
+
+def _by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Places in batches of similar length whose padded size is at most ``budget``; a longer row stands alone."""
+    parts: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if not parts or (len(parts[-1]) + 1) * lengths[place] > budget:
+            parts.append([])
+        parts[-1].append(place)
+    return parts

@@ -1,0 +1,180 @@
+"""Comparisons of finished runs: by hand on run directories written here, and on real runs through the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from dppo import compare
+from dppo.errors import UserError
+from dppo.evaluation.comparison import Line, compare_runs, configurations, find_runs
+from dppo.evaluation.win_rates import holm, paired_difference
+from tests.conftest import Run, small
+
+
+def write_run(
+    path: Path,
+    *words: str,
+    seed: int,
+    rewards: Sequence[float] = (),
+    status: str = "complete",
+    settings: Mapping[str, Any] | None = None,
+    first_prompt: int = 0,
+) -> Path:
+    """A run directory whose SFT model has reward 0 for every prompt."""
+    path.mkdir(parents=True)
+    result: dict[str, Any] = {"status": status}
+    if status == "complete":
+        result |= {
+            "reward": {"policy": {"value": float(np.mean(rewards))}},
+            "kl": {"nats_per_answer": 2.0 + seed},
+            "length": {"policy": {"tokens": 10.0}},
+        }
+    (path / "result.json").write_text(json.dumps(result))
+    (path / "config.yaml").write_text(
+        yaml.safe_dump({"seed": seed, "loss": list(words), "device": "cpu", **(settings or {})})
+    )
+    (path / "command.txt").write_text(" ".join(["python", "-m", "dppo", *words, f"seed={seed}", "cache.dir=x"]))
+    samples = [
+        {"prompt_id": f"p{first_prompt + n}", "policy_reward": reward, "reference_reward": 0.0}
+        for n, reward in enumerate(rewards)
+    ]
+    (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    pairs = [
+        {
+            "example_id": f"e{n}",
+            "chosen": -2.0 + reward,
+            "rejected": -2.0,
+            "reference_chosen": -3.0,
+            "after_edit": None if n == 0 else -1.0 + reward,
+            "reference_after_edit": None if n == 0 else -1.5,
+        }
+        for n, reward in enumerate(rewards)
+    ]
+    (path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """dpo with two seeds, unll with three of which one diverged; win, loss, tie as 1, -1, 0."""
+    for seed in (0, 1):
+        write_run(tmp_path / f"dpo-{seed}", "loss=dpo", "train.steps=9", seed=seed, rewards=[1, 1, -1, 0])
+    write_run(tmp_path / "unll-0", "loss=unll", "alpha=0.1", "train.steps=9", seed=0, rewards=[1, -1, -1, 0])
+    write_run(tmp_path / "unll-1", "loss=unll", "alpha=0.1", "train.steps=9", seed=1, rewards=[-1, -1, -1, 0])
+    write_run(tmp_path / "unll-2", "loss=unll", "alpha=0.1", "train.steps=9", seed=2, status="diverged")
+    write_run(tmp_path / "stopped", "loss=unll", "alpha=0.1", "train.steps=9", seed=3, status="interrupted")
+    return tmp_path
+
+
+def compared(path: Path, metric: str = "win_rate", baseline: str | None = "loss=dpo") -> list[Line]:
+    return compare_runs(configurations(find_runs([path])), metric=metric, baseline=baseline, n_bootstrap=500, seed=0)
+
+
+def test_seeds_are_grouped_and_shared_words_are_left_out(runs: Path) -> None:
+    dpo, unll = compared(runs)
+    assert (dpo.label, unll.label) == ("loss=dpo", "loss=unll alpha=0.1")
+    assert (dpo.seeds, unll.seeds, unll.diverged) == ((0, 1), (0, 1, 2), (2,))
+    assert dpo.difference is None
+
+
+def test_values_and_paired_differences_by_hand(runs: Path) -> None:
+    """dpo: (1 + 1 + 0 + 1/2) / 4 in both seeds. unll: 1.5/4, 0.5/4, and a diverged run that lost everywhere: 2/12."""
+    dpo, unll = compared(runs)
+    assert dpo.value.value == pytest.approx(0.625)
+    assert unll.value.value == pytest.approx(2 / 12)
+    assert unll.difference is not None
+    assert unll.difference.value == pytest.approx((1.5 + 0.5) / 8 - 0.625)  # over the common seeds 0 and 1
+    assert (unll.n_common, dpo.n) == (2, 4)
+    assert unll.difference.low <= unll.difference.value <= unll.difference.high
+    assert unll.p is not None
+    assert dpo.means["kl_nats_per_answer"] == 2.5
+    rewards = compared(runs, "reward")
+    assert [line.seeds for line in rewards] == [(0, 1), (0, 1)]  # a diverged run has no reward
+    assert rewards[1].value.value == pytest.approx((-0.25 - 0.75) / 2)
+    behind = compared(runs, "after_edit")
+    assert behind[0].n == 3
+    assert behind[0].value.value == pytest.approx(-1.0)
+    ratios = compared(runs, "chosen_log_ratio")
+    assert ratios[0].value.value == pytest.approx(1.25)
+    assert compared(runs, "accuracy")[0].value.value == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+
+
+def test_the_newest_run_of_a_seed_counts(runs: Path) -> None:
+    write_run(runs / "again", "loss=dpo", "train.steps=9", seed=1, rewards=[-1, -1, -1, -1])
+    assert compared(runs)[0].value.value == pytest.approx((2.5 + 0) / 8)
+
+
+def test_what_cannot_be_compared_is_one_line(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"matches no configuration of: loss=dpo; loss=unll alpha=0\.1"):
+        compared(runs, baseline="loss=ipo")
+    with pytest.raises(UserError, match="matches 2 configurations"):
+        compared(runs, baseline="loss=")
+    write_run(runs / "other", "loss=ipo", seed=0, rewards=[1, 1, -1, 0], first_prompt=7)
+    with pytest.raises(UserError, match="different prompts or pairs"):
+        compared(runs)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no finished run"):
+        find_runs([tmp_path / "empty"])
+    (runs / "other" / "config.yaml").write_text("[")
+    with pytest.raises(UserError, match="other: is not a run that can be read"):
+        find_runs([runs])
+
+
+def test_p_values_are_adjusted_as_holm_did() -> None:
+    """0.01 * 3, max(0.03, 0.02 * 2), max(0.04, 0.04 * 1); and never above 1 or out of order."""
+    assert holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_simultaneous_intervals_are_wider() -> None:
+    values = np.random.default_rng(0).normal(size=(1, 50))
+    one, five = (
+        paired_difference(values, np.zeros((1, 50)), n_bootstrap=4000, seed=0, comparisons=m)[0] for m in (1, 5)
+    )
+    ratio = (five.high - five.low) / (one.high - one.low)
+    assert ratio == pytest.approx(2.576 / 1.960, rel=0.08)  # quantiles .995 and .975 of the normal distribution
+
+
+def test_the_command_on_real_runs(dppo: Run, tmp_path: Path) -> None:
+    assert dppo("-m", "loss=dpo,unll", "seed=0,1", *small(), "hydra.sweep.dir=sweep").returncode == 0
+    command = [sys.executable, "-m", "dppo.compare", "sweep", "--n-bootstrap", "200"]
+    done = subprocess.run(
+        [*command, "--baseline", "loss=dpo", "--json", "out.json"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    head, rule, dpo, unll, _, *notes = done.stdout.splitlines()
+    assert set(rule) == {"-"}
+    assert head.split()[:3] == ["configuration", "seeds", "win_rate"]
+    assert dpo.startswith("loss=dpo ")
+    assert "baseline" in dpo
+    assert unll.startswith("loss=unll ")
+    assert "n = 8" in notes[0]
+    found = json.loads((tmp_path / "out.json").read_text())
+    results = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/result.json"))]
+    for line, word in zip(found["lines"], ("loss=dpo", "loss=unll"), strict=True):
+        own = [result["win_rate"]["value"] for result in results if word in result["command"]]
+        assert line["value"]["value"] == pytest.approx(sum(own) / 2)
+    edits = subprocess.run([*command, "--metric", "after_edit"], cwd=tmp_path, capture_output=True, text=True)
+    assert f"The SFT model: {results[0]['after_edit']['reference']['value']:.3f}." in edits.stdout
+    for wrong in (["nowhere"], ["sweep", "--metric", "nope"], ["sweep", "--baseline", "nope"]):
+        refused = subprocess.run(
+            [sys.executable, "-m", "dppo.compare", *wrong], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert refused.returncode == 2
+        assert len(refused.stderr.splitlines()) == 1
+        assert refused.stderr.startswith("error: ")
+
+
+def test_one_seed_is_said_to_say_little(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main([str(runs / "dpo-0"), str(runs / "unll-0"), "--n-bootstrap", "200"]) == 0
+    assert "One seed each" in capsys.readouterr().out

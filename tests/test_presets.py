@@ -1,0 +1,78 @@
+"""The presets of the published claims: every run that they stand for composes, and the twins run here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dppo.__main__ import _jobs, _search_space
+from dppo.config import CONF_DIR, compose, load
+from tests.conftest import Run, small
+from tests.test_config import NEEDS
+
+PRESETS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
+CLAIMS = [name for name in PRESETS if name.startswith("claim_")]
+TWINS = [name for name in CLAIMS if name.endswith("_tiny")]
+
+
+def jobs(*words: str) -> list[list[str]]:
+    return _jobs([*_search_space(words), *words])
+
+
+def test_every_claim_has_a_preset_at_its_scale_and_a_twin() -> None:
+    for letter in "abcdefg":
+        kinds = {name.endswith("_tiny") for name in CLAIMS if name.startswith(f"claim_{letter}_")}
+        assert kinds == {True, False}, letter
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_run_of_a_claim_composes(name: str) -> None:
+    words = (f"experiment={name}", *NEEDS.get(("experiment", name), []))
+    found = jobs(*words)
+    swept = (yaml.safe_load((CONF_DIR / "experiment" / f"{name}.yaml").read_text()).get("hydra") or {}).get("sweeper")
+    expected = 1
+    for values in (swept or {"params": {}})["params"].values():
+        expected *= len(str(values).split(","))
+    assert len(found) == expected
+    for job in found:
+        experiment = load(compose(job), job)
+        assert experiment.phases
+
+
+def test_a_typed_key_takes_the_place_of_the_presets() -> None:
+    assert len(jobs("experiment=claim_a_tiny")) == 25
+    assert len(jobs("experiment=claim_a_tiny", "seed=3")) == 5
+    (one,) = jobs("experiment=claim_a_tiny", "seed=3", "alpha=0.5")
+    assert [word for word in one if word.startswith(("alpha", "seed"))] == ["seed=3", "alpha=0.5"]
+    assert len(jobs("+sweep=alpha_grid", "alpha=0,1", "seed=7")) == 2
+    assert jobs("loss=dpo,unll", "seed=1") == [["loss=dpo", "seed=1"], ["loss=unll", "seed=1"]]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_runs(name: str, dppo: Run, tmp_path: Path) -> None:
+    """One job of every method of the twin, in one process, through the command line."""
+    words = ["seed=0"]
+    if name == "claim_a_tiny":
+        words.append("alpha=0,0.01")
+    if name == "claim_c_tiny":
+        words.append("train.n_examples=8,null")
+    if name == "claim_d_tiny":
+        words += ["phases.unll.train.steps=3", "phases.dpo.train.n_examples=8", "phases.dpo.train.batch_size=4"]
+    own = [word.partition("=")[0] for word in words]
+    unread = {"claim_c_tiny": "train.steps", "claim_d_tiny": "train."}.get(name, "nothing")
+    limits = [
+        word
+        for word in small(f"experiment={name}")[1:]
+        if word.partition("=")[0] not in own and not word.startswith(unread)
+    ]
+    done = dppo("-m", f"experiment={name}", *words, *limits, "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/result.json"))]
+    n_methods = {"a": 2, "b": 2, "c": 4, "d": 1, "e": 2, "f": 3, "g": 9}[name.split("_")[1]]
+    assert len(results) == n_methods
+    assert all(result["status"] == "complete" for result in results)
+    if name == "claim_e_tiny":
+        assert all(result["after_edit"]["n_pairs"] > 0 for result in results)
