@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
+from dppo.command_line import Parser, complain
 from dppo.errors import UserError
 from dppo.evaluation.comparison import METRICS, Line, compare_runs, configurations, find_runs, sft_value
 from dppo.evaluation.win_rates import Interval
 
 _WHISKERS = 25
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,16 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(str(error))
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        return complain(f"{error.filename}: {error.strerror}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m dppo.compare", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m dppo.compare", description=__doc__)
     parser.add_argument("paths", nargs="+", type=Path, help="run directories, or folders with runs anywhere below")
     parser.add_argument(
         "--metric", choices=METRICS, default="win_rate", help="; ".join(f"{k}: {v}" for k, v in METRICS.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import importlib
@@ -13,10 +12,11 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from dppo.command_line import Parser, complain
 from dppo.config import CONF_DIR, SWEEPS_DIR
 from dppo.errors import UserError
 from dppo.losses import pairwise, penalised, penalties, ranked, unpaired
@@ -38,14 +38,9 @@ _SHARED = (pairwise.LogitLoss, pairwise.SftWeighted, penalised.PenalisedLoss)
 _WIDTH = 100
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 for a user's error."""
-    parser = _Parser(prog="python -m dppo.methods", description=__doc__.replace("``", ""))
+    parser = Parser(prog="python -m dppo.methods", description=__doc__.replace("``", ""))
     parser.add_argument("names", nargs="*", metavar="NAME", help="an option of group loss or penalty (default: all)")
     parser.add_argument("--markdown", action="store_true", help="as docs/methods.md")
     try:
@@ -63,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines = [line for name in arguments.names or known for line in show(known[name])]
         print("\n".join(lines).rstrip("\n"), flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(str(error))
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()
     return 0
