@@ -66,6 +66,7 @@ def table(lines: Sequence[Line], metric: str, sft: float | None) -> list[str]:
             "seeds",
             metric,
             f"{low:.3f} {'':^{_WHISKERS - 14}} {high:.3f}",
+            "t over seeds",
             "difference",
             "p",
             "KL",
@@ -80,6 +81,7 @@ def table(lines: Sequence[Line], metric: str, sft: float | None) -> list[str]:
                 seeds,
                 _interval(line.value),
                 _whiskers(line.value, low, high),
+                "" if math.isnan(line.over_seeds.low) else f"[{line.over_seeds.low:.3f}, {line.over_seeds.high:.3f}]",
                 "baseline" if line.difference is None else _interval(line.difference, sign="+"),
                 "" if line.p is None else f"{line.p:.3f}" if line.p >= 0.001 else "<0.001",
                 f"{line.means['kl_nats_per_answer']:.2f}" if line.means else "",
@@ -92,6 +94,8 @@ def table(lines: Sequence[Line], metric: str, sft: float | None) -> list[str]:
         f"{metric}: {METRICS[metric]}; n = {lines[0].n}; 95 % intervals, bootstrap over seeds and "
         f"{'pairs' if metric in ('chosen_log_ratio', 'accuracy', 'after_edit') else 'prompts'}."
     ]
+    if any(len(line.seeds) > 1 for line in lines):
+        notes[0] += " t over seeds: Student's interval over the seeds' means alone."
     if sft is not None:
         notes[0] += f" The SFT model: {sft:.3f}."
     if comparisons:
