@@ -7,19 +7,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from dppo.artifacts import maintenance
 from dppo.artifacts.fingerprint import short
 from dppo.artifacts.layout import Layout
+from dppo.command_line import Parser, complain
 from dppo.errors import UserError
 
 DEFAULT = Path("outputs/cache")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,21 +27,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         outputs = arguments.runs or [arguments.dir.resolve().parent]
         return _ls(layout, outputs) if arguments.command == "ls" else _gc(layout, outputs, arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(str(error))
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = _Parser(add_help=False)
+def _parser() -> Parser:
+    common = Parser(add_help=False)
     common.add_argument("--dir", type=Path, default=DEFAULT, help="the cache (default: %(default)s)")
-    runs = _Parser(add_help=False)
+    runs = Parser(add_help=False)
     runs.add_argument(
         "--runs",
         type=Path,
         action="append",
         help="where run directories are (default: the folder that the cache is in); may be repeated",
     )
-    parser = _Parser(prog="python -m dppo.cache", description="The cache of computed stages.")
+    parser = Parser(prog="python -m dppo.cache", description="The cache of computed stages.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|gc")
     commands.add_parser("ls", parents=[common, runs], help="list artifacts, and which runs use them")
     verify = commands.add_parser(

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+from dppo.errors import UserError
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments of a command; what is wrong with them is a UserError in place of argparse's usage lines."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def complain(message: str) -> int:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
+from dppo.command_line import Parser, complain
 from dppo.errors import UserError
 from dppo.evaluation.comparison import METRICS, Line, compare_runs, configurations, find_runs, sft_value
 from dppo.evaluation.win_rates import Interval
 
 _WHISKERS = 25
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,16 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(str(error))
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        return complain(f"{error.filename}: {error.strerror}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m dppo.compare", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m dppo.compare", description=__doc__)
     parser.add_argument("paths", nargs="+", type=Path, help="run directories, or folders with runs anywhere below")
     parser.add_argument(
         "--metric", choices=METRICS, default="win_rate", help="; ".join(f"{k}: {v}" for k, v in METRICS.items())
@@ -74,6 +66,7 @@ def table(lines: Sequence[Line], metric: str, sft: float | None) -> list[str]:
             "seeds",
             metric,
             f"{low:.3f} {'':^{_WHISKERS - 14}} {high:.3f}",
+            "t over seeds",
             "difference",
             "p",
             "KL",
@@ -88,6 +81,7 @@ def table(lines: Sequence[Line], metric: str, sft: float | None) -> list[str]:
                 seeds,
                 _interval(line.value),
                 _whiskers(line.value, low, high),
+                "" if math.isnan(line.over_seeds.low) else f"[{line.over_seeds.low:.3f}, {line.over_seeds.high:.3f}]",
                 "baseline" if line.difference is None else _interval(line.difference, sign="+"),
                 "" if line.p is None else f"{line.p:.3f}" if line.p >= 0.001 else "<0.001",
                 f"{line.means['kl_nats_per_answer']:.2f}" if line.means else "",
@@ -100,6 +94,8 @@ def table(lines: Sequence[Line], metric: str, sft: float | None) -> list[str]:
         f"{metric}: {METRICS[metric]}; n = {lines[0].n}; 95 % intervals, bootstrap over seeds and "
         f"{'pairs' if metric in ('chosen_log_ratio', 'accuracy', 'after_edit') else 'prompts'}."
     ]
+    if any(len(line.seeds) > 1 for line in lines):
+        notes[0] += " t over seeds: Student's interval over the seeds' means alone."
     if sft is not None:
         notes[0] += f" The SFT model: {sft:.3f}."
     if comparisons:

@@ -30,7 +30,7 @@ from dppo.stages.scores import scores
 from dppo.stages.sft import sft
 from dppo.stages.workbench import Workbench
 from dppo.tracking import RunInfo, Tracker
-from dppo.types import Artifact, EncodedExample, Json, PreferenceExample, Prompt, Split
+from dppo.types import Artifact, EncodedExample, Json, PreferenceExample, Prompt, Shape, Split
 
 # Held-out pairs and evaluation prompts are the same for every seed, so that runs can be compared prompt by prompt.
 FIXED = 0
@@ -82,7 +82,7 @@ def run(
 def _stages(
     experiment: Experiment, bench: Workbench, record: results.RunDirectory, tracker: Tracker | None
 ) -> dict[str, Any]:
-    _check_rows(experiment)
+    training = _training_rows(experiment)
     encoder = ChatEncoder(experiment.model.load_tokenizer())
     evaluation = experiment.evaluation
     prompts = _evaluation_prompts(experiment)
@@ -96,7 +96,7 @@ def _stages(
     offset = 0
     for name, phase in experiment.phases.items():
         base = reference if phase.reference == "sft" else policy
-        trained = _phase(experiment, bench, name, phase, policy, base, encoder)
+        trained = _phase(experiment, bench, name, phase, training[phase.loss.trains_on], policy, base, encoder)
         rows = [{**row, "step": int(row["step"]) + offset} for row in trained.metrics]
         if bench.is_main:
             record.metrics(name, rows)
@@ -149,14 +149,17 @@ def _phase(
     bench: Workbench,
     name: str,
     phase: Phase,
+    training: Sequence[PreferenceExample],
     start: Artifact,
     base: Artifact,
     encoder: ChatEncoder,
 ) -> Trained:
     """One preference phase: y_gen and reference log-probs if its loss uses them, then training."""
     train, seed = phase.train, experiment.seed
-    rows = nested_subset(_rows(experiment.dataset, phase, "train"), train.n_examples, seed)
-    held_out_rows = nested_subset(_rows(experiment.dataset, phase, "validation"), train.n_evaluation_examples, FIXED)
+    rows = nested_subset(training, train.n_examples, seed)
+    held_out_rows = nested_subset(
+        _rows(experiment.dataset, phase.loss.trains_on, "validation"), train.n_evaluation_examples, FIXED
+    )
     encoded = encoder.encode(rows, train.max_length, key="train.max_length")
     for note in encoded.notes:
         bench.say(f"  {name}: {note}")
@@ -192,24 +195,32 @@ def _phase(
     )
 
 
-def _rows(dataset: Dataset, phase: Phase, split: Split) -> list[PreferenceExample]:
-    """The data set's examples in the shape that the phase's loss trains on; a pair serves every loss."""
-    if phase.loss.trains_on == "ranked" and isinstance(dataset, RankedDataset):
+def _rows(dataset: Dataset, shape: Shape, split: Split) -> list[PreferenceExample]:
+    """The data set's examples in the shape that a loss trains on; a pair serves every loss."""
+    if shape == "ranked" and isinstance(dataset, RankedDataset):
         return dataset.ranked(split)
-    if phase.loss.trains_on == "labelled" and isinstance(dataset, LabelledDataset):
+    if shape == "labelled" and isinstance(dataset, LabelledDataset):
         return dataset.labelled(split)
     return dataset.pairs(split)
 
 
-def _check_rows(experiment: Experiment) -> None:
-    """Read what every phase will train on. Raises UserError if it lacks what the phase's loss needs."""
+def _training_rows(experiment: Experiment) -> dict[Shape, list[PreferenceExample]]:
+    """What the phases train on, read before anything is trained.
+
+    Raises UserError if the data set lacks what a phase's loss needs.
+    """
+    found: dict[Shape, list[PreferenceExample]] = {}
     for name, phase in experiment.phases.items():
-        if not _rows(experiment.dataset, phase, "train"):
+        shape = phase.loss.trains_on
+        if shape not in found:
+            found[shape] = _rows(experiment.dataset, shape, "train")
+        if not found[shape]:
             raise UserError(
                 f"dataset={type(experiment.dataset).__name__}: has no prompt with a better and a worse answer, which "
                 f"phase {name} needs for loss={phase.loss.name}; choose loss=kto for labelled or loss=rrhf for ranked "
                 "answers, or a data set of pairs"
             )
+    return found
 
 
 def _shaped(encoded: EncodedSet, phase: Phase, seed: int, bench: Workbench) -> Sequence[EncodedExample]:

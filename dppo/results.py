@@ -167,6 +167,7 @@ def timings(bench: Workbench) -> dict[str, Any]:
 
 
 _MEAN = ("value", "ci_low", "ci_high")
+_PER = ("", "_per_token")
 # Every number of a complete result that an objective may name.
 NUMBERS = frozenset(
     [
@@ -181,11 +182,18 @@ NUMBERS = frozenset(
             for key in ("tokens", "characters", "end_of_turn_rate")
         ),
         *(f"kl.{key}" for key in ("nats_per_token", "nats_per_answer", "n_answers", "n_tokens")),
-        *(f"held_out.{key}" for key in ("n_pairs", "accuracy", "accuracy_per_token", "accuracy_to_reference")),
+        "held_out.n_pairs",
+        *(
+            f"held_out.{what}{compared}{per}"
+            for what in ("accuracy", "margin")
+            for compared in ("", "_to_reference")
+            for per in _PER
+        ),
         *(
             f"held_out.{kind}/{role}{per}"
             for role in ("chosen", "rejected")
-            for kind, per in (("logps", ""), ("logps", "_per_token"), ("log_ratio", ""))
+            for kind in ("logps", "log_ratio")
+            for per in _PER
         ),
         "after_edit.n_pairs",
         *(f"after_edit.{what}.{key}" for what in ("policy", "reference", "delta") for key in _MEAN),
@@ -214,7 +222,7 @@ def _objective(result: Mapping[str, Any], path: str) -> float:
     if result["status"] == "diverged":
         if path.split(".")[0] in ("kl", "length", "timings"):
             return math.inf
-        return -math.inf if path.startswith(("reward", "held_out.log", "after_edit")) else 0.0
+        return -math.inf if path.startswith(("reward", "held_out.log", "held_out.margin", "after_edit")) else 0.0
     found: Any = result
     for key in path.split("."):
         if key not in found:

@@ -72,6 +72,7 @@ CHEAP = [
     "tracking.weights_and_biases",
     "artifacts.cache",
     "cache",
+    "methods",
     "models",
     "rewards.sentiment",
     "data.ultrafeedback",

@@ -83,6 +83,34 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
         ["sft.train.max_length=3", "24"],
     ),
     ("a reward that can't score", ["dataset=pairs_file", "dataset.path=pairs.jsonl"], ["reward=verifiable"]),
+    (
+        "ranked answers without scores",
+        ["dataset=ranked_file", "dataset.path=columns.jsonl", "loss=rrhf"],
+        ["columns.jsonl", "responses, scores", "refused"],
+    ),
+    (
+        "labels that are missing",
+        ["dataset=labelled_file", "dataset.path=columns.jsonl", "loss=kto"],
+        ["columns.jsonl", "completion, label", "refused"],
+    ),
+    (
+        "single answers for a loss of groups",
+        ["dataset=labelled_file", "dataset.path=labelled.jsonl", "dataset.sft_path=chats.jsonl", "loss=rrhf"],
+        ["phase main", "loss=rrhf", "loss=kto"],
+    ),
+    (
+        "groups of one",
+        ["dataset=ranked_file", "dataset.path=ones.jsonl", "loss=rrhf"],
+        ["ones.jsonl", "fewer than two different answers: 26"],
+    ),
+    ("init_from nothing", ["init_from=nowhere"], ["init_from=nowhere", "result.json"]),
+    ("init_from with sft", ["init_from=nowhere", "sft.seed=1"], ["sft.seed=1", "init_from"]),
+    ("nothing to train", ["sft=none", "loss=none"], ["sft.train=null"]),
+    (
+        "reward model that is not there",
+        ["reward=classifier", "reward.name_or_path=/none"],
+        ["reward.name_or_path=/none"],
+    ),
     ("run directory", ["hydra.run.dir=file/run"], ["file"]),
     ("cache directory", ["cache.dir=file/cache"], ["file"]),
 ]
@@ -105,6 +133,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         {"prompt": f"Say {word}.", "chosen": f"{word}!", "rejected": "No."} for word in "abcdefghijklmnopqrstuvwxyz"
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ones = [{"prompt": row["prompt"], "responses": ["a"], "scores": [1]} for row in rows]
+    (tmp_path / "ones.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ones))
+    labelled = [{"prompt": row["prompt"], "completion": "a", "label": True} for row in rows]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    answer = {"role": "assistant", "content": "b"}
+    talks = [{"messages": [{"role": "user", "content": row["prompt"]}, answer]} for row in rows]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
     (tmp_path / "file").write_text("in the way")
     before = sorted(path.name for path in tmp_path.iterdir())
     status = typed(monkeypatch, tmp_path, *small(*words))
@@ -147,6 +182,7 @@ def test_a_run_leaves_every_file_and_nothing_elsewhere(dppo: Run, tmp_path: Path
         "parents.json",
         "result.json",
         "run.log",
+        "pairs.jsonl",
         "samples.jsonl",
         "versions.json",
     }

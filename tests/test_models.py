@@ -379,6 +379,7 @@ def test_missing_packages_and_files_are_one_line(
 
 PUBLISHED = {
     "qwen2_5_0_5b": "Qwen/Qwen2.5-0.5B",
+    "mistral_7b_instruct": "mistralai/Mistral-7B-Instruct-v0.2",
     "mistral_7b_sft": "alignment-handbook/zephyr-7b-sft-full",
     "llama3_8b_sft": "princeton-nlp/Llama-3-Base-8B-SFT",
     "llama3_8b_instruct": "meta-llama/Meta-Llama-3-8B-Instruct",

@@ -10,6 +10,7 @@ import yaml
 
 from dppo.__main__ import _jobs, _search_space
 from dppo.config import CONF_DIR, compose, load
+from dppo.evaluation.comparison import compare_runs, configurations, find_runs, sft_value
 from tests.conftest import Run, small
 from tests.test_config import NEEDS
 
@@ -49,6 +50,22 @@ def test_a_typed_key_takes_the_place_of_the_presets() -> None:
     assert [word for word in one if word.startswith(("alpha", "seed"))] == ["seed=3", "alpha=0.5"]
     assert len(jobs("+sweep=alpha_grid", "alpha=0,1", "seed=7")) == 2
     assert jobs("loss=dpo,unll", "seed=1") == [["loss=dpo", "seed=1"], ["loss=unll", "seed=1"]]
+
+
+@pytest.mark.slow
+def test_dpo_lowers_what_follows_the_edit_and_dpo_positive_keeps_it(dppo: Run, tmp_path: Path) -> None:
+    """The twin of claim (e) at its whole size, five seeds: the effect is beyond its interval. Some four minutes."""
+    done = dppo("-m", "experiment=claim_e_tiny", "hydra.sweep.dir=sweep", timeout=3000)
+    assert done.returncode == 0, done.stderr
+    found = configurations(find_runs([tmp_path / "sweep"]))
+    dpo, positive = compare_runs(found, metric="after_edit", baseline="loss=dpo", n_bootstrap=10_000, seed=0)
+    reference = sft_value(found, "after_edit")
+    assert len(dpo.seeds) == len(positive.seeds) == 5
+    assert reference is not None
+    assert dpo.value.high < reference
+    assert positive.value.low < reference < positive.value.high
+    assert positive.difference is not None
+    assert positive.difference.low > 0
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import dppo.__main__ as entry
-from dppo import cache, compare
+from dppo import cache, compare, methods
 from dppo.config import CONF_DIR
 from tests.conftest import small
 from tests.data.test_sources import chat_row, chats, pair_row, preferences
@@ -58,10 +58,9 @@ def test_every_command_runs(
     if module == "dppo.compare" or any(word.startswith("init_from=") for word in words):
         monkeypatch.setattr(sys, "argv", ["dppo", *small("loss=dpo", "hydra.run.dir=outputs/mine")])
         assert entry.main() == 0
-    if module == "dppo.cache":
-        status = cache.main(words)
-    elif module == "dppo.compare":
-        status = compare.main(words)
+    if module != "dppo":
+        commands = {"dppo.cache": cache.main, "dppo.compare": compare.main, "dppo.methods": methods.main}
+        status = commands[module](words)
     else:
         monkeypatch.setattr(sys, "argv", ["dppo", *reduced(words)])
         try:

@@ -13,8 +13,9 @@ import pytest
 from tests.conftest import Run, small
 
 
-def test_torchrun_with_two_processes_is_the_same_experiment(dppo: Run, tmp_path: Path) -> None:
-    words = small("loss=unll", "alpha=0.1", "device=cpu")
+@pytest.mark.parametrize("loss", [["loss=unll", "alpha=0.1"], ["loss=kto", "train.tokens_per_micro_batch=100"]])
+def test_torchrun_with_two_processes_is_the_same_experiment(loss: list[str], dppo: Run, tmp_path: Path) -> None:
+    words = small(*loss, "device=cpu")
     alone = dppo(*words, "hydra.run.dir=alone", "cache.dir=cache-alone")
     assert alone.returncode == 0, alone.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dppo"]

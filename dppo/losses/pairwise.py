@@ -206,10 +206,16 @@ class SftWeightedLogitLoss(SftWeighted, LogitLoss):
 
 @dataclass(frozen=True)
 class DPO(SftWeightedLogitLoss):
-    """Direct preference optimisation: -log sigmoid(beta Delta) (Rafailov 2023, arXiv 2305.18290, eq. 7).
+    """Direct preference optimisation.
 
-    beta > 0, per nat. At policy = reference: ln 2. Rewards: beta (s - s^r). ``sft_weight`` makes it the DPO + SFT
-    baseline of the CPO study (Xu 2024).
+    Paper: Rafailov 2023, arXiv 2305.18290, eq. 7
+    Formula: -log sigmoid(beta Delta)
+    Length: sums
+    At policy = reference: ln 2
+    Bounds: >= 0
+    Rewards: beta (s - s^r)
+
+    ``sft_weight`` makes it the DPO + SFT baseline of the CPO study (Xu 2024).
     """
 
     name: ClassVar[str] = "dpo"
@@ -228,10 +234,15 @@ class DPO(SftWeightedLogitLoss):
 
 @dataclass(frozen=True)
 class DPONorm(SftWeightedLogitLoss):
-    """DPO on per-token log-ratios (Lambert 2024, "Tulu 3", arXiv 2411.15124, section 5): longer answers weigh no more.
+    """DPO on per-token log-ratios: longer answers weigh no more.
 
-    -log sigmoid(beta ((m_w - m_w^r) - (m_l - m_l^r))); TRL's ``sigmoid_norm``. beta > 0, per nat per token. At policy =
-    reference: ln 2. >= 0. Rewards: beta (m - m^r).
+    Paper: Lambert 2024, "Tulu 3", arXiv 2411.15124, section 5
+    Formula: -log sigmoid(beta ((m_w - m_w^r) - (m_l - m_l^r)))
+    Length: mean
+    At policy = reference: ln 2
+    Bounds: >= 0
+    Elsewhere: TRL calls it ``sigmoid_norm``.
+    Rewards: beta (m - m^r)
     """
 
     name: ClassVar[str] = "dpo_norm"
@@ -256,12 +267,18 @@ class DPONorm(SftWeightedLogitLoss):
 
 @dataclass(frozen=True)
 class RDPO(DPO):
-    """DPO with length regularisation (Park 2024, arXiv 2403.19159).
+    """DPO with length regularisation.
 
-    -log sigmoid(beta Delta + alpha_len (|y_w| - |y_l|)). The plus sign follows from the reward
-    r = beta log-ratio + alpha_len |y|: a longer chosen answer needs less log-ratio. A public copy has a minus sign,
-    another passes batch sizes as lengths; both are wrong. alpha_len >= 0, per token. At policy = reference: ln 2 with
-    equal lengths only.
+    Paper: Park 2024, arXiv 2403.19159
+    Formula: -log sigmoid(beta Delta + alpha_len (|y_w| - |y_l|))
+    Length: sums, and the lengths themselves
+    At policy = reference: ln 2 with equal lengths, else -log sigmoid(alpha_len (|y_w| - |y_l|))
+    Bounds: >= 0
+    Elsewhere: a public copy has a minus sign before alpha_len, another passes batch sizes as lengths; both are wrong.
+    Rewards: beta (s - s^r)
+
+    The plus sign follows from the reward r = beta log-ratio + alpha_len |y|: a longer chosen answer needs less
+    log-ratio.
     """
 
     name: ClassVar[str] = "r_dpo"
@@ -279,12 +296,18 @@ class RDPO(DPO):
 
 @dataclass(frozen=True)
 class DpoPositive(DPO):
-    """DPO-Positive (Pal 2024, "Smaug", arXiv 2402.13228): keeps the chosen answer at least as likely as before.
+    """DPO-Positive: keeps the chosen answer at least as likely as under the reference.
 
-    ``placement: inside`` -log sigmoid(beta (Delta - lambda_ max(0, s_w^r - s_w))), as in the paper; ``outside``
-    -log sigmoid(beta Delta) + lambda_ max(0, s_w^r - s_w), without label smoothing. lambda_ >= 0. The printed gradient
-    has the sign of lambda turned on one side. Metric ``chosen_below_reference``: where s_w < s_w^r. At policy =
-    reference: ln 2.
+    Paper: Pal 2024, "Smaug", arXiv 2402.13228
+    Formula:
+        -log sigmoid(beta (Delta - lambda_ max(0, s_w^r - s_w)))      placement=inside, as in the paper
+        -log sigmoid(beta Delta) + lambda_ max(0, s_w^r - s_w)        placement=outside, without label smoothing
+    Length: sums
+    At policy = reference: ln 2, with DPO's gradient
+    Bounds: >= 0
+    Elsewhere: the printed gradient has the sign of lambda turned on one side.
+    Rewards: beta (s - s^r)
+    Metrics: ``chosen_below_reference``, where s_w < s_w^r
     """
 
     name: ClassVar[str] = "dpo_positive"
@@ -330,12 +353,19 @@ class DpoPositive(DPO):
 
 @dataclass(frozen=True)
 class IPO(SftWeighted):
-    """Identity preference optimisation: (d - 1 / (2 tau))^2 (Azar 2023, arXiv 2310.12036, eq. 17).
+    """Identity preference optimisation.
 
-    ``reduction: mean`` d = (m_w - m_w^r) - (m_l - m_l^r), what the authors confirmed and most tools (TRL as well)
-    run; ``sum`` d = Delta, as printed. Lengths count response tokens, never non-zero log-ratios (0/0 at step 0).
-    tau > 0. >= 0; at policy = reference 1 / (4 tau^2). Past the target d = 1 / (2 tau) the gradient turns its sign.
-    Rewards as in TRL: tau times the log-ratio, reduced like d.
+    Paper: Azar 2023, arXiv 2310.12036, eq. 17
+    Formula:
+        (d - 1 / (2 tau))^2
+        d = (m_w - m_w^r) - (m_l - m_l^r)      reduction=mean
+        d = Delta                              reduction=sum, as printed
+    Length: mean, or sums
+    At policy = reference: 1 / (4 tau^2)
+    Bounds: >= 0; past d = 1 / (2 tau), where it is 0, the gradient turns its sign
+    Elsewhere: ``mean`` is what the authors confirmed and most tools (TRL as well) run. Lengths count response tokens,
+        never non-zero log-ratios (0/0 at step 0).
+    Rewards: as in TRL, tau times the log-ratio, reduced like d
     """
 
     name: ClassVar[str] = "ipo"
@@ -365,10 +395,15 @@ class IPO(SftWeighted):
 
 @dataclass(frozen=True)
 class SLiC(PairwiseLoss):
-    """Sequence likelihood calibration: max(0, delta - s_w + s_l) - lambda_ s_w (Zhao 2023, arXiv 2305.10425).
+    """Sequence likelihood calibration.
 
-    The regulariser is on the chosen answer, one number per pair (a public copy adds a (B,) to a (B, T) tensor).
-    delta >= 0 nats, lambda_ >= 0. >= 0. Rewards: the log-probs s.
+    Paper: Zhao 2023, arXiv 2305.10425
+    Formula: max(0, delta - s_w + s_l) - lambda_ s_w
+    Length: sums
+    Bounds: >= 0
+    Elsewhere: the regulariser is on the chosen answer, one number per pair; a public copy adds a (B,) to a (B, T)
+        tensor.
+    Rewards: the log-probs s
     """
 
     name: ClassVar[str] = "slic"
@@ -392,10 +427,18 @@ class SLiC(PairwiseLoss):
 
 @dataclass(frozen=True)
 class CPO(LogitLoss):
-    """Contrastive preference optimisation (Xu 2024, arXiv 2401.08417): -log sigmoid(beta (s_w - s_l)) + lambda_ nll.
+    """Contrastive preference optimisation.
 
-    ``nll``: ``mean`` -m_w per pair; ``sum`` -s_w, as in the paper; ``token_mean`` over the optimiser batch, as in TRL.
-    beta > 0, lambda_ >= 0. Rewards: beta s.
+    Paper: Xu 2024, arXiv 2401.08417
+    Formula:
+        -log sigmoid(beta (s_w - s_l)) + lambda_ nll
+        nll = -m_w                               nll=mean
+        nll = -s_w                               nll=sum, as in the paper
+        nll = -(sum_b s_w) / (sum_b |y_w|)       nll=token_mean, over the optimiser batch
+    Length: sums; nll: mean, sum or token mean
+    Bounds: >= 0
+    Elsewhere: TRL has ``nll: token_mean``.
+    Rewards: beta s
     """
 
     name: ClassVar[str] = "cpo"
@@ -422,11 +465,17 @@ class CPO(LogitLoss):
 
 @dataclass(frozen=True)
 class ORPO(PairwiseLoss):
-    """Odds ratio preference optimisation (Hong 2024, arXiv 2403.07691, eq. 6).
+    """Odds ratio preference optimisation.
 
-    -m_w - lambda_ log sigmoid(o(m_w) - o(m_l)) with the log-odds o(u) = u - log(1 - e^u); in log(1 - e^u) alone u is
-    held at -1e-6. Both terms count response tokens only (TRL's negative log-likelihood counts the prompt too).
-    lambda_ >= 0. >= 0. Rewards as in TRL: lambda_ m. Metric ``log_odds_ratio``.
+    Paper: Hong 2024, arXiv 2403.07691, eq. 6
+    Formula: -m_w - lambda_ log sigmoid(o(m_w) - o(m_l)), log-odds o(u) = u - log(1 - e^u)
+    Length: mean
+    Bounds: >= 0
+    Elsewhere: both terms count response tokens only; TRL's negative log-likelihood counts the prompt too.
+    Rewards: as in TRL, lambda_ m
+    Metrics: ``log_odds_ratio``
+
+    In log(1 - e^u) alone u is held at -1e-6.
     """
 
     name: ClassVar[str] = "orpo"
@@ -453,10 +502,17 @@ class ORPO(PairwiseLoss):
 
 @dataclass(frozen=True)
 class SimPO(SftWeightedLogitLoss):
-    """Simple preference optimisation: -log sigmoid(beta m_w - beta m_l - gamma) (Meng 2024, arXiv 2405.14734, eq. 6).
+    """Simple preference optimisation.
 
-    Exactly one of ``gamma`` (>= 0) and ``gamma_beta_ratio`` (gamma = beta * ratio, the authors' code) is given.
-    ``normalise_by_length: false`` takes s for m, the study's ablation. beta > 0. Rewards: beta m (or beta s).
+    Paper: Meng 2024, arXiv 2405.14734, eq. 6
+    Formula: -log sigmoid(beta m_w - beta m_l - gamma)
+    Length: mean, or sums
+    Bounds: >= 0
+    Elsewhere: the authors' code takes ``gamma_beta_ratio``: gamma = beta * ratio.
+    Rewards: beta m (or beta s)
+
+    Exactly one of ``gamma`` and ``gamma_beta_ratio`` is given. ``normalise_by_length: false`` takes s for m, the
+    study's ablation.
     """
 
     name: ClassVar[str] = "simpo"
@@ -507,16 +563,25 @@ class SimPO(SftWeightedLogitLoss):
 
 @dataclass(frozen=True)
 class AlphaDPO(SftWeightedLogitLoss):
-    """AlphaDPO (Wu 2024, arXiv 2410.10148): SimPO with a target margin that follows the reference.
+    """AlphaDPO: SimPO with a target margin that follows the reference.
 
-    -log sigmoid(beta (m_w - m_l) - stopgrad(beta (gamma_ratio + alpha_ref z))), z = (u - M) / max(S, 1e-6),
-    u = (m_w - m_l) - (m_w^r - m_l^r). M and S are moving averages, with weight ``decay`` on the past, of mean and
-    n-1 standard deviation (0 for one pair) of u over the optimiser batch of all processes; updated before use,
-    frozen in evaluation. The authors' code differs: its averages start at 0 (``bias_correction: false``; here they
-    are divided by 1 - decay^t) and run over micro-batches (``stats_scope: micro_batch``). z = 0 before any update.
+    Paper: Wu 2024, arXiv 2410.10148
+    Formula:
+        -log sigmoid(beta (m_w - m_l) - stopgrad(beta (gamma_ratio + alpha_ref z)))
+        z = (u - M) / max(S, 1e-6)
+        u = (m_w - m_l) - (m_w^r - m_l^r)
+    Length: mean
+    At policy = reference: -log sigmoid(beta (m_w^r - m_l^r - gamma_ratio)) in the first step, where u = M = 0
+    Bounds: >= 0
+    Elsewhere: the authors' averages start at 0 (``bias_correction: false``; here they are divided by 1 - decay^t) and
+        run over micro-batches (``stats_scope: micro_batch``).
+    Rewards: as in the authors' code, beta (m - alpha_ref (m - m^r))
+    Metrics: ``target_margin``
+    State: (3,), t and the two averages before correction
 
-    State (3,): t, and the two averages before correction. beta > 0, 0 <= decay < 1. Rewards as in the authors'
-    code: beta (m - alpha_ref (m - m^r)). Metric ``target_margin``.
+    M and S are moving averages, with weight ``decay`` on the past, of mean and n-1 standard deviation (0 for one
+    pair) of u over the optimiser batch of all processes; updated before use, frozen in evaluation. z = 0 before any
+    update.
     """
 
     name: ClassVar[str] = "alpha_dpo"

@@ -164,11 +164,17 @@ class AdditivePenalty(PenalisedLoss):
 
 @dataclass(frozen=True)
 class MinLL(AdditivePenalty):
-    """Minimum log-likelihood: base + alpha f(r) max(m_g, floor).
+    """Minimum log-likelihood of the generated answer.
 
-    ``reduction: mean`` is per token; ``sum``, as published, multiplies by |y_g|. Unbounded below with ``floor``
-    null; otherwise m_g (nats per token) is held below ``floor`` < 0, without gradient
-    (metric ``held_at_floor``).
+    Paper: the DPPO poster
+    Formula: base + alpha f(r) max(m_g, floor)
+    Length: y_g: mean, or times |y_g|
+    At policy = reference: the base's value + alpha f(r) max(m_g^r, floor)
+    Bounds: at most alpha f(r) |floor| below the base (times |y_g| with ``sum``); unbounded below with ``floor`` null
+    Elsewhere: the poster prints ``reduction: sum`` and has no floor.
+    Metrics: ``held_at_floor``, where m_g is held
+
+    m_g (nats per token) is held below ``floor`` < 0, without gradient.
     """
 
     name: ClassVar[str] = "minll"
@@ -196,12 +202,21 @@ class MinLL(AdditivePenalty):
 
 @dataclass(frozen=True)
 class UnLL(AdditivePenalty):
-    """Unlikelihood (Welleck 2020, arXiv 1908.04319): base - alpha f(r) log(1 - pi(y_g)). >= 0 with such a base.
+    """Unlikelihood of the generated answer.
 
-    ``level``: ``token_mean`` -(1/|y_g|) sum_t log(1 - pi(y_g,t)); ``token_sum`` without 1/|y_g|; ``sequence``
-    -log(1 - e^{s_g}), as printed, which dies out with the answer's length and warns. A token (or, at ``sequence``,
-    an answer) with log p above -1e-6 counts as the constant 13.8155 without gradient; metric
-    ``clamped_token_share`` (at ``sequence``: whether the answer's sum is clamped).
+    Paper: the DPPO poster; unlikelihood is Welleck 2020, arXiv 1908.04319
+    Formula:
+        base + alpha f(r) u
+        u = -(1 / |y_g|) sum_t log(1 - pi(y_g,t))      level=token_mean
+        u = -sum_t log(1 - pi(y_g,t))                  level=token_sum
+        u = -log(1 - e^{s_g})                          level=sequence, as printed
+    Length: y_g: token mean, or sums
+    At policy = reference: the base's value + alpha f(r) u, u near its largest: greedy tokens have p near 1
+    Bounds: >= 0 where base and f are
+    Elsewhere: the poster prints ``sequence``, which dies out with the answer's length and warns.
+    Metrics: ``clamped_token_share`` (at ``sequence``: whether the answer's sum is clamped)
+
+    A token (or, at ``sequence``, an answer) with log p above -1e-6 counts as the constant 13.8155 without gradient.
     """
 
     name: ClassVar[str] = "unll"
@@ -235,10 +250,15 @@ class UnLL(AdditivePenalty):
 
 @dataclass(frozen=True)
 class NPO(AdditivePenalty):
-    """Negative preference optimisation (Zhang 2024, arXiv 2404.05868, eq. 3) of y_g.
+    """Negative preference optimisation of the generated answer.
 
-    base - alpha f(r) (2 / beta_p) log sigmoid(-beta_p (s_g - s_g^r)); needs the reference's log-probs of y_g.
-    beta_p > 0, per nat; as beta_p goes to 0 it becomes minll's gradient. >= 0 with such a base.
+    Paper: Zhang 2024, arXiv 2404.05868, eq. 3
+    Formula: base - alpha f(r) (2 / beta_p) log sigmoid(-beta_p (s_g - s_g^r))
+    Length: y_g: sums
+    At policy = reference: the base's value + alpha f(r) (2 / beta_p) ln 2
+    Bounds: >= 0 where base and f are
+
+    As beta_p goes to 0 the penalty's gradient becomes that of alpha f(r) s_g: minll's with ``sum`` and no floor.
     """
 
     name: ClassVar[str] = "npo"
@@ -259,10 +279,14 @@ class NPO(AdditivePenalty):
 
 @dataclass(frozen=True)
 class SimNPO(AdditivePenalty):
-    """Simple negative preference optimisation (Fan 2024, arXiv 2410.07163) of y_g: NPO per token, no reference.
+    """Simple negative preference optimisation of the generated answer: NPO per token, no reference.
 
-    base - alpha f(r) (2 / beta_p) log sigmoid(-beta_p m_g - gamma_p). beta_p > 0, gamma_p >= 0; the authors' TOFU code
-    has gamma inside, so that gamma_p = beta_p * theirs. >= 0 with such a base.
+    Paper: Fan 2024, arXiv 2410.07163
+    Formula: base - alpha f(r) (2 / beta_p) log sigmoid(-beta_p m_g - gamma_p)
+    Length: y_g: mean
+    At policy = reference: the base's value - alpha f(r) (2 / beta_p) log sigmoid(-beta_p m_g^r - gamma_p)
+    Bounds: >= 0 where base and f are
+    Elsewhere: the authors' TOFU code has gamma inside, so that gamma_p = beta_p * theirs.
     """
 
     name: ClassVar[str] = "simnpo"
@@ -281,11 +305,18 @@ class SimNPO(AdditivePenalty):
 
 @dataclass(frozen=True)
 class ConLL(PenalisedLoss):
-    """The penalty inside the sigmoid: -log sigmoid(logit_base - alpha beta f(r) g), beta the base's. >= 0.
+    """The penalty inside the sigmoid.
 
-    g is y_g's log-ratio on the scale of the base's logit: s_g - s_g^r (dpo, r_dpo, dpo_positive inside) or
-    m_g - m_g^r (dpo_norm, simpo, alpha_dpo), so the reference is always needed. Label smoothing and NLL term are the
-    base's. At policy = reference with dpo as base: ln 2.
+    Paper: the DPPO poster, which prints it for dpo as base
+    Formula:
+        -log sigmoid(logit_base - alpha beta f(r) g)
+        g = s_g - s_g^r      base dpo, r_dpo, dpo_positive inside
+        g = m_g - m_g^r      base dpo_norm, simpo, alpha_dpo
+    Length: as the base's logit
+    At policy = reference: the base's value, because g = 0: ln 2 with dpo
+    Bounds: >= 0
+
+    beta is the base's; so are label smoothing and NLL term. g is y_g's log-ratio on the scale of the base's logit.
     """
 
     name: ClassVar[str] = "conll"

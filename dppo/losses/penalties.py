@@ -36,7 +36,11 @@ class Penalty(ABC):
 
 @dataclass(frozen=True)
 class Linear(Penalty):
-    """f(r) = 1{r < 0} (-r). In [0, inf)."""
+    """In proportion to how wrongly the pair is ranked.
+
+    Formula: f(r) = 1{r < 0} (-r)
+    Bounds: in [0, inf)
+    """
 
     name: ClassVar[str] = "linear"
 
@@ -46,7 +50,11 @@ class Linear(Penalty):
 
 @dataclass(frozen=True)
 class Quadratic(Penalty):
-    """f(r) = 1{r < 0} r^2. In [0, inf)."""
+    """With the square of how wrongly the pair is ranked.
+
+    Formula: f(r) = 1{r < 0} r^2
+    Bounds: in [0, inf)
+    """
 
     name: ClassVar[str] = "quadratic"
 
@@ -56,10 +64,14 @@ class Quadratic(Penalty):
 
 @dataclass(frozen=True)
 class Sqrt(Penalty):
-    """f(r) = 1{r < 0} (-r)^0.5. In [0, inf).
+    """With the square root of how wrongly the pair is ranked.
 
-    With gradients through r it is 1{r < 0} (max(-r, 0) + 1e-6)^0.5: the slope of the plain root is infinite at 0,
-    which makes the gradient of every pair with r >= 0 NaN.
+    Formula:
+        f(r) = 1{r < 0} (-r)^0.5                     detach=true
+        f(r) = 1{r < 0} (max(-r, 0) + 1e-6)^0.5      detach=false
+    Bounds: in [0, inf)
+
+    The slope of the plain root is infinite at 0, which would make the gradient of every pair with r >= 0 NaN.
     """
 
     name: ClassVar[str] = "sqrt"
@@ -72,7 +84,12 @@ class Sqrt(Penalty):
 
 @dataclass(frozen=True)
 class Constant(Penalty):
-    """f(r) = 1{r < 0}. Every wrongly ranked pair counts alike."""
+    """Every wrongly ranked pair counts alike.
+
+    Formula: f(r) = 1{r < 0}
+    Bounds: 0 or 1
+    Elsewhere: one of the four of the work that followed the DPPO poster, which does not say which its best runs used.
+    """
 
     name: ClassVar[str] = "constant"
 
@@ -82,10 +99,17 @@ class Constant(Penalty):
 
 @dataclass(frozen=True)
 class Expectile(Penalty):
-    """f(r) = |zeta - 1{r < 0}| r^2: the expectile loss (Newey and Powell 1987), open on both sides of 0.
+    """The expectile loss, open on both sides of 0.
 
-    ``zeta`` in (0, 1) weighs r > 0; 1 - zeta weighs r < 0. ``form: literal`` is (zeta - 1{r < 0}) r^2 as printed:
-    negative for r < 0, so it rewards the generated answer exactly where the policy ranks wrongly; it warns.
+    Paper: Newey and Powell 1987
+    Formula:
+        f(r) = |zeta - 1{r < 0}| r^2      form=absolute
+        f(r) = (zeta - 1{r < 0}) r^2      form=literal
+    Bounds: in [0, inf); ``literal`` unbounded on both sides
+    Elsewhere: the DPPO poster prints ``literal``: negative for r < 0, so it rewards the generated answer exactly where
+        the policy ranks wrongly; it warns.
+
+    ``zeta`` in (0, 1) weighs r > 0; 1 - zeta weighs r < 0.
     """
 
     name: ClassVar[str] = "expectile"

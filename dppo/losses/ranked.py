@@ -17,17 +17,19 @@ from dppo.types import LossContext, LossTerms, ResponseLogps, Role, Shape
 
 @dataclass(frozen=True)
 class RRHF:
-    """Rank responses to align with human feedback (Yuan 2023, arXiv 2304.05302, eq. 2 to 4).
+    """Rank responses to align with human feedback.
 
-    sum over i, j with r_i < r_j of max(0, m_i - m_j), plus lambda_ (-s_best), for each group of K >= 2 answers: the
-    score that the policy ranks by is the per-token mean m, and the likelihood term is on the best answer, the largest
-    score, the first of equals. Ties are skipped; the rank term is not divided by the number of its pairs. Mean over
-    groups. Scores count by their order only. lambda_ >= 0. >= 0. The authors' code averages the likelihood term over
-    tokens and adds one group at a time.
+    Paper: Yuan 2023, arXiv 2304.05302, eq. 2 to 4
+    Formula: sum over i, j with r_i < r_j of max(0, m_i - m_j), plus lambda_ (-s_best)
+    Length: mean in the rank term, sum in the likelihood
+    Bounds: >= 0
+    Elsewhere: the authors' code averages the likelihood term over tokens and adds one group at a time.
+    Rewards: m of the best and of the worst answer (nats per token)
+    Metrics: ``ranked_accuracy``, the share of the pairs with different scores that m orders alike, equal m counting
+        1/2 (absent for a group of ties), and ``n_ranked_pairs``, their number
 
-    Rewards: m of the best and of the worst answer (nats per token). Metrics: ``ranked_accuracy``, the share of the
-    pairs with different scores that m orders alike, equal m counting 1/2 (absent for a group of ties), and
-    ``n_ranked_pairs``, their number.
+    A group has K >= 2 answers; best is the largest score, the first of equals. Ties are skipped; the rank term is not
+    divided by the number of its pairs. Mean over groups. Scores count by their order only.
     """
 
     name: ClassVar[str] = "rrhf"

@@ -10,10 +10,15 @@ from dppo.types import LossContext, LossTerms, ResponseLogps, Role, Shape
 
 @dataclass(frozen=True)
 class SFT:
-    """Negative log-likelihood: -(sum_b s_b) / (sum_b |y_b|), one token mean over the optimiser batch.
+    """Supervised fine-tuning on the chosen answers.
+
+    Formula: -(sum_b s_b) / (sum_b |y_b|)
+    Length: token mean
+    Bounds: >= 0
+    Elsewhere: the DPPO poster prints the sum; a mean of row means is another loss.
 
     value (M,) = -m in nats per token, weight (M,) = |y| in tokens, so that the loop's weighted mean over all
-    micro-batches and ranks is the token mean, not a mean of row means. Response tokens only. >= 0.
+    micro-batches and ranks is one token mean of the optimiser batch. Response tokens only.
     """
 
     name: ClassVar[str] = "sft"

@@ -23,23 +23,33 @@ UNDESIRABLE: tuple[Role, ...] = ("rejected", "undesirable")
 
 @dataclass(frozen=True)
 class KTO:
-    """Kahneman-Tversky optimisation (Ethayarajh 2024, arXiv 2402.01306, eq. 7 and 8).
+    """Kahneman-Tversky optimisation.
 
-    With x = beta (s - s^r) - z for a desirable row and x = z - beta (s - s^r) for an undesirable one: lambda (1 -
-    sigmoid(x)), lambda = ``desirable_weight`` or ``undesirable_weight``; mean over the rows of both kinds. A widely
-    copied table prints the undesirable row with the other sign, which raises rejected answers.
+    Paper: Ethayarajh 2024, arXiv 2402.01306, eq. 7 and 8
+    Formula:
+        lambda (1 - sigmoid(x))                value=sigmoid, as in the paper
+        -lambda log sigmoid(x)                 value=log_sigmoid
+        -lambda x                              value=identity
+        x = beta (s - s^r) - z                 a desirable row, lambda = desirable_weight
+        x = z - beta (s - s^r)                 an undesirable row, lambda = undesirable_weight
+        z = beta max(0, KL)
+    Length: sums
+    At policy = reference: a row has lambda / 2 (``sigmoid``), lambda ln 2 (``log_sigmoid``) or 0 (``identity``)
+    Bounds: in [0, larger weight] for ``sigmoid``, >= 0 for ``log_sigmoid``, unbounded below for ``identity``
+    Elsewhere: a widely copied table prints the undesirable row with the other sign, which raises rejected answers.
+        ``z_scope: micro_batch`` is for parity with TRL: y' is the answer of the row before in the batch, and z is
+        that of each micro-batch.
+    Rewards: beta (s - s^r), absent for a kind that the example has no row of
+    Metrics: ``kl``, the estimate held at 0 (nats)
+    State: (1,), that KL; in evaluations z is the last training batch's
 
-    z = beta max(0, KL), KL the mean of s(y'|x) - s^r(y'|x) over rows of the optimiser batch of all processes, without
-    gradient, held at 0 after averaging; y' is an answer to another prompt, drawn once for each row. ``z0: zero``
-    sets z = 0 and needs no such answers. ``z_scope: micro_batch`` is for parity with TRL: y' is the answer of the row
-    before in the batch, and z is that of each micro-batch. ``value``: ``sigmoid`` as in the paper; ``log_sigmoid``
-    -lambda log sigmoid(x); ``identity`` -lambda x, unbounded below. ``one_per_prompt`` trains on one row of each
-    prompt, drawn once, as the paper does to show that pairs are not needed.
+    Mean over the rows of both kinds. KL is the mean of s(y'|x) - s^r(y'|x) over rows of the optimiser batch of all
+    processes, without gradient, held at 0 after averaging; y' is an answer to another prompt, drawn once for each row.
+    ``z0: zero`` sets z = 0 and needs no such answers. ``one_per_prompt`` trains on one row of each prompt, drawn once,
+    as the paper does to show that pairs are not needed.
 
-    beta > 0, per nat; weights >= 0: with n_w desirable and n_l undesirable rows the paper wants desirable_weight n_w /
-    (undesirable_weight n_l) in [1, 4/3]. In [0, max weight] for ``sigmoid``, >= 0 for ``log_sigmoid``; lambda / 2 a
-    row at policy = reference. Rewards: beta (s - s^r), absent for a kind that the example has no row of. Metric ``kl``:
-    the estimate held at 0 (nats). In evaluations z is the last training batch's. State (1,): that KL.
+    With n_w desirable and n_l undesirable rows the paper wants desirable_weight n_w / (undesirable_weight n_l) in
+    [1, 4/3].
     """
 
     name: ClassVar[str] = "kto"
