@@ -335,6 +335,7 @@ def train(
                 notice += run.remedy(batch, state.statistics)
                 state.watch.notices += (notice,)
                 if main:
+                    progress.clear()
                     _log.warning("warning: %s step %d: %s", title, state.step, notice)
             if main and logged:
                 elapsed = time.perf_counter() - started

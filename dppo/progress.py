@@ -51,6 +51,12 @@ class Progress:
         self._note = text
         self._bar.set_postfix_str(text, refresh=False)
 
+    def clear(self) -> None:
+        """Take the bar off its line, so that something else can be printed there; the next advance draws it again."""
+        if self._terminal:
+            self._bar.clear()
+            sys.stderr.flush()
+
     def __enter__(self) -> Progress:
         return self
 

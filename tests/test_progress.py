@@ -65,3 +65,16 @@ def test_on_a_terminal_a_bar_that_is_gone_afterwards(
         shown = capsys.readouterr().err
     assert "train" in shown and "3/4" in shown and "step" in shown and "loss 0.5" in shown and "75%" in shown
     assert "3/4" not in capsys.readouterr().err.rpartition("\r")[2]
+
+
+def test_a_line_can_be_printed_where_the_bar_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("train", 100, "step") as bar:
+        bar.advance(40)
+        capsys.readouterr()
+        bar.clear()
+        cleared = capsys.readouterr().err
+        assert cleared.endswith("\r")  # the cursor is at the start of an empty line
+        assert cleared.strip() == ""
