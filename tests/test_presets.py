@@ -54,7 +54,7 @@ def test_a_typed_key_takes_the_place_of_the_presets() -> None:
 
 @pytest.mark.slow
 def test_dpo_lowers_what_follows_the_edit_and_dpo_positive_keeps_it(dppo: Run, tmp_path: Path) -> None:
-    """The twin of claim (e) at its whole size, five seeds: the effect is beyond its interval. Some four minutes."""
+    """The twin of claim (e) at its whole size, five seeds: the effect is beyond its interval. Some three minutes."""
     done = dppo("-m", "experiment=claim_e_tiny", "hydra.sweep.dir=sweep", timeout=3000)
     assert done.returncode == 0, done.stderr
     found = configurations(find_runs([tmp_path / "sweep"]))
