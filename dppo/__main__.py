@@ -109,12 +109,15 @@ def _main() -> int:
         arguments.insert(places[0] if places else len(arguments), f"hydra.searchpath=[file://{config.SWEEPS_DIR}]")
     sys.argv[1:] = [*arguments, *_SILENT] if int(os.environ.get("RANK", "0")) > 0 and checking else arguments
     try:
-        if checking == "multirun" and (space := _search_space(overrides)):
-            overrides = [*space, *overrides]
-            places = [at for at, word in enumerate(sys.argv) if at and not word.startswith("-")]
-            sys.argv[places[0] : places[0]] = space
-        if checking:
-            _check(overrides, multirun=checking == "multirun")
+        if checking == "multirun":
+            sweeper = _sweeper(overrides)
+            if space := _search_space(sweeper, overrides):
+                overrides = [*space, *overrides]
+                places = [at for at, word in enumerate(sys.argv) if at and not word.startswith("-")]
+                sys.argv[places[0] : places[0]] = space
+            _check(_jobs(sweeper, overrides))
+        elif checking:
+            config.load(config.compose(overrides), overrides)
         import hydra
 
         hydra.main(version_base=None, config_path=str(config.CONF_DIR), config_name="config")(run_job)()
@@ -183,12 +186,8 @@ def _runs_something(arguments: Sequence[str]) -> str | None:
     return "multirun" if flags & {"-m", "--multirun"} else "run"
 
 
-def _check(overrides: Sequence[str], *, multirun: bool) -> None:
+def _check(jobs: Sequence[Sequence[str]]) -> None:
     """Compose and check every job before the first one starts, so that nothing is half-written."""
-    if not multirun:
-        config.load(config.compose(overrides), overrides)
-        return
-    jobs = _jobs(overrides)
     for number, job in enumerate(jobs):
         try:
             config.load(config.compose(job), job)
@@ -211,13 +210,17 @@ def _is_search(sweeper: Any) -> bool:
     return str(sweeper.get("_target_", "")) == "hydra_plugins.dppo_sweeper.OptunaSweeper"
 
 
-def _search_space(overrides: Sequence[str]) -> list[str]:
+def _sweeper(overrides: Sequence[str]) -> Any:
+    """The composed ``hydra.sweeper``."""
+    return config.compose(_fixed(overrides), with_hydra=True).hydra.sweeper
+
+
+def _search_space(sweeper: Any, overrides: Sequence[str]) -> list[str]:
     """A preset's search space as words of the command line, without the keys that the user typed.
 
     Hydra's basic sweeper would take a key that is both typed and in the preset twice, and run every job many times.
     A search with Optuna keeps the two apart itself, and gets its fixed directory here: the same command finds it again.
     """
-    sweeper = config.compose(_fixed(overrides), with_hydra=True).hydra.sweeper
     if _is_search(sweeper):
         placed = any(word.lstrip("+").startswith("hydra.sweep.dir=") for word in overrides)
         return [] if placed else ["hydra.sweep.dir=outputs/sweeps/${hydra.sweeper.study_name}"]
@@ -236,16 +239,15 @@ def _fixed(overrides: Sequence[str]) -> list[str]:
     return [word for word, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
 
 
-def _jobs(overrides: Sequence[str]) -> list[list[str]]:
+def _jobs(sweeper: Any, overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every job that Hydra's basic sweeper would launch, in its order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     fixed = _fixed(overrides)
-    base: Any = config.compose(fixed, with_hydra=True)
-    if _is_search(base.hydra.sweeper):
+    if _is_search(sweeper):
         return []  # the sweeper checks its whole search space before its first trial
-    if not str(base.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
+    if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return [fixed]
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     n_jobs = 1

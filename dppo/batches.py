@@ -51,6 +51,19 @@ def micro_batches(examples: Sequence[EncodedExample], budget: int) -> list[list[
     return parts
 
 
+def padded_batches(widths: Sequence[int], budget: int) -> list[list[int]]:
+    """Places of rows of these widths in batches, the narrow ones first, of at most ``budget`` tokens with padding.
+
+    A row above the budget stands alone.
+    """
+    parts: list[list[int]] = []
+    for place in sorted(range(len(widths)), key=widths.__getitem__):
+        if not parts or (len(parts[-1]) + 1) * widths[place] > budget:
+            parts.append([])
+        parts[-1].append(place)
+    return parts
+
+
 def collate(examples: Sequence[EncodedExample]) -> Batch:
     """Lay examples out flat: prompt once, then its responses, positions restarting at the prompt's end."""
     token_ids: list[int] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from dppo.artifacts import maintenance
 from dppo.artifacts.fingerprint import short
 from dppo.artifacts.layout import Layout
-from dppo.command_line import Parser, complain
+from dppo.command_line import Parser, aligned, complain
 from dppo.errors import UserError
 
 DEFAULT = Path("outputs/cache")
@@ -86,9 +86,7 @@ def _ls(layout: Layout, outputs: Sequence[Path]) -> int:
                 ", ".join(names[:2]) + more or "-",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(aligned(table)))
     print(f"{len(items)} in {layout.root}, {size(sum(item.bytes for item in items))}")
     return 0
 

@@ -29,6 +29,12 @@ def complain(message: str) -> int:
     return EXIT_USER_ERROR
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of equally many cells as lines of a table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def explain_composition(error: Exception, overrides: Sequence[str], known: Iterable[str]) -> str:
     """One line for an exception of Hydra's while composing; ``known`` are the keys that exist by default."""
     text = str(error)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dppo.command_line import Parser, complain
+from dppo.command_line import Parser, aligned, complain
 from dppo.errors import UserError
-from dppo.evaluation.comparison import METRICS, Line, compare_runs, configurations, find_runs, sft_value
+from dppo.evaluation.comparison import METRICS, PAIR_METRICS, Line, compare_runs, configurations, find_runs, sft_value
 from dppo.evaluation.win_rates import Interval
 
 _WHISKERS = 25
@@ -88,11 +88,10 @@ def table(lines: Sequence[Line], metric: str, sft: float | None) -> list[str]:
                 f"{line.means['tokens']:.1f}" if line.means else "",
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    text = aligned(rows)
     notes = [
         f"{metric}: {METRICS[metric]}; n = {lines[0].n}; 95 % intervals, bootstrap over seeds and "
-        f"{'pairs' if metric in ('chosen_log_ratio', 'accuracy', 'after_edit') else 'prompts'}."
+        f"{'pairs' if metric in PAIR_METRICS else 'prompts'}."
     ]
     if any(len(line.seeds) > 1 for line in lines):
         notes[0] += " t over seeds: Student's interval over the seeds' means alone."

@@ -204,16 +204,12 @@ def likelihoods(policy: ResponseLogps, reference: ResponseLogps | None) -> dict[
     columns: dict[str, Tensor] = {}
     logged = [role for role in _LOGGED_ROLES if role in policy.roles]
     for role in logged:
-        rows = torch.tensor([found == role for found in policy.roles], device=policy.example.device)
-        owner = policy.example[rows]
-        number = torch.zeros(policy.n_examples, device=owner.device).index_add(0, owner, torch.ones_like(owner).float())
         kinds = {"logps": (policy.sum, policy.mean)}
         if reference is not None:
             kinds["log_ratio"] = (policy.sum - reference.sum, policy.mean - reference.mean)
         for kind, parts in kinds.items():
             for per, values in zip(("", "_per_token"), parts, strict=True):
-                found = values.detach()[rows]
-                columns[f"{kind}/{role}{per}"] = found.new_zeros(policy.n_examples).index_add(0, owner, found) / number
+                columns[f"{kind}/{role}{per}"] = policy.mean_by_example(values.detach(), (role,))
     if {"chosen", "rejected"} <= set(logged):
         for kind, compared in {"logps": "", "log_ratio": "_to_reference"}.items():
             for per in ("", "_per_token"):

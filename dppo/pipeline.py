@@ -30,7 +30,7 @@ from dppo.stages.scores import scores
 from dppo.stages.sft import sft
 from dppo.stages.workbench import Workbench
 from dppo.tracking import RunInfo, Tracker
-from dppo.types import Artifact, EncodedExample, Json, PreferenceExample, Prompt, Shape, Split
+from dppo.types import Artifact, EncodedExample, Json, PreferenceExample, Prompt, Shape, Split, StatisticsObjective
 
 # Held-out pairs and evaluation prompts are the same for every seed, so that runs can be compared prompt by prompt.
 FIXED = 0
@@ -226,16 +226,15 @@ def _training_rows(experiment: Experiment) -> dict[Shape, list[PreferenceExample
 def _shaped(encoded: EncodedSet, phase: Phase, seed: int, bench: Workbench) -> Sequence[EncodedExample]:
     """The examples as a loss of labelled answers wants them: one row a prompt, and answers to other prompts."""
     loss, examples = phase.loss, encoded.examples
-    if not isinstance(loss, KTO):
+    if isinstance(loss, KTO):
+        if loss.one_per_prompt:
+            examples = one_row_per_prompt(examples, FIXED)
+        kinds = [response.role in DESIRABLE for example in examples for response in example.responses]
+        if notice := loss.balance(sum(kinds), len(kinds) - sum(kinds)):
+            bench.warn(notice)
+    if not (isinstance(loss, StatisticsObjective) and loss.uses_statistics and "mismatched" in loss.statistics_roles):
         return examples
-    if loss.one_per_prompt:
-        examples = one_row_per_prompt(examples, FIXED)
-    kinds = [response.role in DESIRABLE for example in examples for response in example.responses]
-    if notice := loss.balance(sum(kinds), len(kinds) - sum(kinds)):
-        bench.warn(notice)
-    if not loss.uses_statistics:
-        return examples
-    if loss.z_scope == "micro_batch":
+    if loss.statistics_scope == "micro_batch":
         first_epoch = batches(examples, phase.train.batch_size, math.ceil(len(examples) / phase.train.batch_size), seed)
         return with_answers_of_the_row_before(examples, first_epoch, encoded.max_length)
     return with_answers_to_other_prompts(examples, encoded.max_length, FIXED)

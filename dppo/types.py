@@ -8,7 +8,7 @@ Response tokens include the end-of-turn token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -214,6 +214,13 @@ class ResponseLogps:
     @cached_property
     def generated(self) -> ResponseLogps:
         return self.select("generated")
+
+    def mean_by_example(self, values: Tensor, roles: Collection[Role]) -> Tensor:
+        """(M,) the mean of ``values`` (R,) over each example's responses in ``roles``; NaN where it has none."""
+        picked = torch.tensor([role in roles for role in self.roles], dtype=torch.bool, device=self.example.device)
+        owner, values = self.example[picked], values[picked]
+        zeros = values.new_zeros(self.n_examples)
+        return zeros.index_add(0, owner, values) / zeros.index_add(0, owner, torch.ones_like(values))
 
     def without_prefix(self, skip: Tensor) -> ResponseLogps:
         """The same responses without their first ``skip`` (R,) int64 tokens; lengths may become 0."""

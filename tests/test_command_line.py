@@ -28,6 +28,16 @@ def typed(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> int:
         return stop.code
 
 
+def is_one_line(status: int, err: str, out: str, named: list[str]) -> None:
+    """A user's error: its exit status, one line that holds what is ``named``, and no traceback."""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2, err
+    assert len(lines) == 1, err
+    assert "Traceback" not in err + out
+    for word in named:
+        assert word in lines[0]
+
+
 JSON_LINE = json.dumps({"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."})
 
 MISTAKES: list[tuple[str, list[str], list[str]]] = [
@@ -144,12 +154,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     before = sorted(path.name for path in tmp_path.iterdir())
     status = typed(monkeypatch, tmp_path, *small(*words))
     output = capfd.readouterr()
-    lines = [line for line in output.err.splitlines() if line.startswith("error: ")]
-    assert status == 2, output.err
-    assert len(lines) == 1, output.err
-    assert "Traceback" not in output.err + output.out
-    for word in named:
-        assert word in lines[0]
+    is_one_line(status, output.err, output.out, named)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
     artifacts = [path for path in left if "manifest.json" in path]
     results = [path for path in left if path.endswith(("result.json", "samples.jsonl"))]

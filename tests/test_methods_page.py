@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dppo import methods
-from dppo.__main__ import _jobs, _search_space
+from dppo.__main__ import _jobs, _search_space, _sweeper
 from dppo.config import CONF_DIR, SWEEPS_DIR, compose, load
 from dppo.losses.penalised import PenalisedLoss
 
@@ -22,7 +22,8 @@ GRIDS = [option.name for option in LOSSES if option.name not in ("sft", "dpo_nor
 
 def jobs_of(*words: str) -> list[list[str]]:
     """The jobs of ``python -m dppo -m`` with these words."""
-    return _jobs([*_search_space(words), *words])
+    sweeper = _sweeper(words)
+    return _jobs(sweeper, [*_search_space(sweeper, words), *words])
 
 
 def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dppo.__main__ import _jobs, _search_space
+from dppo.__main__ import _jobs, _search_space, _sweeper
 from dppo.config import CONF_DIR, compose, load
 from dppo.evaluation.comparison import compare_runs, configurations, find_runs, sft_value
 from tests.conftest import Run, small
@@ -20,7 +20,8 @@ TWINS = [name for name in CLAIMS if name.endswith("_tiny")]
 
 
 def jobs(*words: str) -> list[list[str]]:
-    return _jobs([*_search_space(words), *words])
+    sweeper = _sweeper(words)
+    return _jobs(sweeper, [*_search_space(sweeper, words), *words])
 
 
 def test_every_claim_has_a_preset_at_its_scale_and_a_twin() -> None:

@@ -33,7 +33,7 @@ from dppo.search.space import Parameter, Space, Value
 from dppo.search.study import Study
 from tests.conftest import Run, small
 from tests.test_architecture import imports
-from tests.test_command_line import typed
+from tests.test_command_line import is_one_line, typed
 
 # The win rate of eight prompts hardly moves; this does.
 OBJECTIVE = ["objectives=[kl.nats_per_answer]", "hydra.sweeper.direction=minimize"]
@@ -180,12 +180,7 @@ def test_a_search_is_refused_in_one_line_before_its_first_trial(
     status = typed(monkeypatch, tmp_path, "-m", "+sweep=alpha", *words)
     output = capfd.readouterr()
     connection.close()
-    lines = [line for line in output.err.splitlines() if line.startswith("error: ")]
-    assert status == 2, output.err
-    assert len(lines) == 1, output.err
-    assert "Traceback" not in output.err + output.out
-    for word in named:
-        assert word in lines[0]
+    is_one_line(status, output.err, output.out, named)
     assert not list(tmp_path.glob("outputs/sweeps/*/[0-9]*"))
 
 

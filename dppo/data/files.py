@@ -43,6 +43,7 @@ class PreferenceFile(ABC):
     path: str
     test_path: str | None
     sft_path: str | None
+    columns: Columns  # which hold the preferences
     single_turn: bool
     validation_share: float
     test_share: float
@@ -56,11 +57,6 @@ class PreferenceFile(ABC):
                 f"test_share={self.test_share}: leaves nothing to train on beside "
                 f"validation_share={self.validation_share}; their sum must be below 1"
             )
-
-    @property
-    @abstractmethod
-    def row_columns(self) -> Columns:
-        """Which columns hold the preferences."""
 
     @abstractmethod
     def best_answer(self, example: PreferenceExample) -> Response | None:
@@ -79,7 +75,7 @@ class PreferenceFile(ABC):
             "content": {
                 key: None if path is None else content_digest([Path(path).expanduser()]) for key, path in files.items()
             },
-            "columns": dataclasses.asdict(self.row_columns),  # type: ignore[call-overload]
+            "columns": dataclasses.asdict(self.columns),  # type: ignore[call-overload]
             "single_turn": self.single_turn,
             "validation_share": self.validation_share,
             "test_share": self.test_share,
@@ -101,11 +97,11 @@ class PreferenceFile(ABC):
     def rows(self, split: Split) -> list[PreferenceExample]:
         """The rows of the file as they are. Raises UserError for missing or unusable files."""
         if self.test_path is None:
-            rows = self._read(self.path, self.row_columns)
+            rows = self._read(self.path, self.columns)
             return cut(rows, split, self.validation_share, self.test_share, self.seed)
         if split == "test":
-            return list(self._read(self.test_path, self.row_columns))
-        rest = self._read(self.path, self.row_columns, leave_out=self._test_prompts())
+            return list(self._read(self.test_path, self.columns))
+        rest = self._read(self.path, self.columns, leave_out=self._test_prompts())
         return cut(rest, split, self.validation_share, 0.0, self.seed)
 
     def prompts(self, split: Split) -> list[Prompt]:
@@ -121,7 +117,7 @@ class PreferenceFile(ABC):
         """Ids of the prompts of the file of test rows; those cut from ``path`` are cut from the chats likewise."""
         if self.test_path is None:
             return frozenset()
-        return frozenset(example.prompt.prompt_id for example in self._read(self.test_path, self.row_columns))
+        return frozenset(example.prompt.prompt_id for example in self._read(self.test_path, self.columns))
 
 
 @dataclass(frozen=True)
@@ -130,10 +126,6 @@ class PairsFile(PreferenceFile):
 
     option: ClassVar[str] = "pairs_file"
     columns: PairColumns
-
-    @property
-    def row_columns(self) -> Columns:
-        return self.columns
 
     def best_answer(self, example: PreferenceExample) -> Response | None:
         return dataclasses.replace(example.responses[0], score=None)
@@ -148,10 +140,6 @@ class RankedFile(PreferenceFile):
 
     option: ClassVar[str] = "ranked_file"
     columns: RankedColumns
-
-    @property
-    def row_columns(self) -> Columns:
-        return self.columns
 
     def best_answer(self, example: PreferenceExample) -> Response | None:
         return Response("chosen", max(example.responses, key=_score).text)
@@ -177,10 +165,6 @@ class LabelledFile(PreferenceFile):
 
     option: ClassVar[str] = "labelled_file"
     columns: LabelledColumns
-
-    @property
-    def row_columns(self) -> Columns:
-        return self.columns
 
     def best_answer(self, example: PreferenceExample) -> Response | None:
         (answer,) = example.responses

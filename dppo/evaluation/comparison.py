@@ -54,7 +54,7 @@ class Run:
         return bool(self.result["status"] == "diverged")
 
 
-@dataclass
+@dataclass(eq=False)
 class Configuration:
     """The runs that differ in their seed only, by seed; ``label`` is what tells it from the others."""
 
@@ -136,7 +136,7 @@ def compare_runs(
     no other metric. Raises UserError if runs answered different prompts, or no label matches ``baseline``.
     """
     base = _baseline(found, baseline)
-    tables = {id(one): _table(one, metric) for one in found}
+    tables = {one: _table(one, metric) for one in found}
     keys = {tuple(sorted(rows)) for table in tables.values() for rows in table.values() if rows}
     if len(keys) > 1:
         raise UserError(
@@ -151,16 +151,16 @@ def compare_runs(
         place: {s: np.array([(rows or lost)[key] for key in order]) for s, rows in table.items()}
         for place, table in tables.items()
     }
-    others = [one for one in found if one is not base and set(matrices[id(one)]) & set(matrices[id(base)])]
-    drawn: dict[int, tuple[Interval, float]] = {}
+    others = [one for one in found if one is not base and set(matrices[one]) & set(matrices[base])]
+    drawn: dict[Configuration, tuple[Interval, float]] = {}
     for one in others:
-        common = sorted(set(matrices[id(one)]) & set(matrices[id(base)]))
-        first, second = (np.stack([matrices[id(which)][s] for s in common]) for which in (one, base))
-        drawn[id(one)] = paired_difference(first, second, n_bootstrap=n_bootstrap, seed=seed, comparisons=len(others))
-    adjusted = dict(zip(map(id, others), holm([drawn[id(one)][1] for one in others]), strict=True))
+        common = sorted(set(matrices[one]) & set(matrices[base]))
+        first, second = (np.stack([matrices[which][s] for s in common]) for which in (one, base))
+        drawn[one] = paired_difference(first, second, n_bootstrap=n_bootstrap, seed=seed, comparisons=len(others))
+    adjusted = dict(zip(others, holm([drawn[one][1] for one in others]), strict=True))
     lines = []
     for one in found:
-        rows = matrices[id(one)]
+        rows = matrices[one]
         if not rows:
             raise UserError(f"metric={metric}: {one.label} has no run that can be measured (all diverged)")
         values = np.stack([rows[s] for s in sorted(rows)])
@@ -173,9 +173,9 @@ def compare_runs(
                 n=len(order),
                 value=rate(values, n_bootstrap=n_bootstrap, seed=seed),
                 over_seeds=t_interval([float(row.mean()) for row in values]),
-                difference=drawn[id(one)][0] if id(one) in drawn else None,
-                n_common=len(set(rows) & set(matrices[id(base)])),
-                p=adjusted.get(id(one)),
+                difference=drawn[one][0] if one in drawn else None,
+                n_common=len(set(rows) & set(matrices[base])),
+                p=adjusted.get(one),
                 means=_means(one),
             )
         )
@@ -218,7 +218,7 @@ def _table(one: Configuration, metric: str) -> dict[int, dict[str, float]]:
             if metric == "win_rate":
                 table[seed] = {}
             continue
-        values = _pair_values(run, metric) if metric in _PAIRS else _prompt_values(run, metric)
+        values = _pair_values(run, metric) if metric in PAIR_METRICS else _prompt_values(run, metric)
         if values:
             table[seed] = values
     return table
@@ -238,7 +238,8 @@ def _prompt_values(run: Run, metric: str) -> dict[str, float]:
     return {row["prompt_id"]: float(value) for row, value in zip(rows, values, strict=True)}
 
 
-_PAIRS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+# Those of METRICS that are measured on held-out pairs, from a row of pairs.jsonl; the others are on prompts.
+PAIR_METRICS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "chosen_log_ratio": lambda row: float(row["chosen"] - row["reference_chosen"]),
     "accuracy": lambda row: float(np.sign(row["chosen"] - row["rejected"]) + 1) / 2,
     "after_edit": lambda row: None if row["after_edit"] is None else float(row["after_edit"]),
@@ -246,7 +247,7 @@ _PAIRS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
 
 
 def _pair_values(run: Run, metric: str) -> dict[str, float]:
-    found = {row["example_id"]: _PAIRS[metric](row) for row in _lines(run.path / "pairs.jsonl")}
+    found = {row["example_id"]: PAIR_METRICS[metric](row) for row in _lines(run.path / "pairs.jsonl")}
     return {key: value for key, value in found.items() if value is not None}
 
 

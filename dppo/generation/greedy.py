@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from dppo.batches import padded_batches
 from dppo.config import require
 from dppo.errors import UserError
 from dppo.types import Generation, Json
@@ -62,16 +63,9 @@ class Greedy:
                 f"generation.max_new_tokens={self.max_new_tokens}: the longest prompt has {longest} tokens and the "
                 f"model has {limit} positions; choose at most {limit - longest}"
             )
-        at = 0
-        while at < len(queue):
-            rows = 1
-            while at + rows < len(queue):
-                width = len(queue[at + rows][1]) + self.max_new_tokens
-                if (rows + 1) * width > self.tokens_per_batch:
-                    break
-                rows += 1
-            batch = queue[at : at + rows]
-            at += rows
+        widths = [len(ids) + self.max_new_tokens for _, ids in queue]
+        for places in padded_batches(widths, self.tokens_per_batch):
+            batch = [queue[place] for place in places]
             device_type = next(model.parameters()).device.type
             with torch.autocast(device_type, torch.bfloat16, enabled=self.precision == "bf16"):
                 answers = _decode_batch(model, [ids for _, ids in batch], end_ids, self.max_new_tokens)

@@ -131,8 +131,8 @@ class KTO:
             zeros.index_add(0, owner, values[rows]) / number,
             number,
             rewards={
-                "chosen": _mean_by_example(reward, policy.example, desirable, zeros),
-                "rejected": _mean_by_example(reward, policy.example, undesirable, zeros),
+                "chosen": policy.mean_by_example(reward, DESIRABLE),
+                "rejected": policy.mean_by_example(reward, UNDESIRABLE),
             },
             metrics={"kl": torch.full_like(zeros, kl)},
         )
@@ -154,9 +154,3 @@ def _in_roles(logps: ResponseLogps, roles: tuple[Role, ...]) -> Tensor:
     """Indices of the responses in any of ``roles``."""
     places = [place for place, role in enumerate(logps.roles) if role in roles]
     return torch.tensor(places, dtype=torch.int64, device=logps.lengths.device)
-
-
-def _mean_by_example(values: Tensor, owner: Tensor, rows: Tensor, zeros: Tensor) -> Tensor:
-    """The mean of ``values`` (R,) over the given rows of each example (M,); NaN where it has none."""
-    picked = owner[rows]
-    return zeros.index_add(0, picked, values[rows]) / zeros.index_add(0, picked, torch.ones_like(values[rows]))

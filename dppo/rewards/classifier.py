@@ -67,6 +67,8 @@ class Classifier:
         """One logit per answer. Raises UserError if one is not finite."""
         import torch
 
+        from dppo.batches import padded_batches
+
         model, tokenizer, device = self._loaded()
         rows = self._tokens(tokenizer, prompts, answers)
         # Decoders find a row's last token by the padding, which must not be a token of the text.
@@ -76,7 +78,7 @@ class Classifier:
             padding = next(one for one in range(len(used) + 1) if one not in used)
         model.config.pad_token_id = padding
         found = [math.nan] * len(rows)
-        for part in _by_length([len(row) for row in rows], self.tokens_per_batch):
+        for part in padded_batches([len(row) for row in rows], self.tokens_per_batch):
             width = max(len(rows[place]) for place in part)
             token_ids = torch.full((len(part), width), padding)
             mask = torch.zeros_like(token_ids)
@@ -127,13 +129,3 @@ def _load(reward: Classifier) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
     device = torch.device(automatic if reward.device == "auto" else reward.device)
     moved: Any = model
     return moved.to(device, torch.bfloat16 if reward.precision == "bf16" else torch.float32).eval(), tokenizer, device
-
-
-def _by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Places in batches of similar length whose padded size is at most ``budget``; a longer row stands alone."""
-    parts: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-        if not parts or (len(parts[-1]) + 1) * lengths[place] > budget:
-            parts.append([])
-        parts[-1].append(place)
-    return parts

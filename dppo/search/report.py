@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dppo.artifacts.files import disk_errors, write_atomic
+from dppo.command_line import aligned
 from dppo.search.study import ABANDONED, COMMAND, ERROR, INDEX, STATUS, Study
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def write(study: Study, objectives: Sequence[str]) -> list[str]:
     winners = best(study)
     header = ["trial", *study.space.names(), *objectives, "state"]
     rows = {trial.number: _row(study, trial, len(objectives)) for trial in trials}
-    lines = ["", *_table(header, list(rows.values()))]
+    lines = ["", *aligned([header, *rows.values()])]
     for trial in trials:
         if ERROR in trial.user_attrs:
             lines.append(f"trial {trial.number} failed: {trial.user_attrs[ERROR]}")
@@ -79,14 +80,6 @@ def _row(study: Study, trial: FrozenTrial, n_objectives: int) -> list[str]:
     ]
     values = [f"{value:.6g}" for value in trial.values] if trial.values is not None else [""] * n_objectives
     return [str(trial.number), *searched, *values, state(trial)]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[place]) for row in [header, *rows]) for place in range(len(header))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]
 
 
 def _values(objectives: Sequence[str], trial: FrozenTrial) -> str:
