@@ -11,23 +11,20 @@ from pathlib import Path
 from dppo.artifacts import maintenance
 from dppo.artifacts.fingerprint import short
 from dppo.artifacts.layout import Layout
-from dppo.command_line import Parser, aligned, complain
-from dppo.errors import UserError
+from dppo.command_line import Parser, aligned, command
 
 DEFAULT = Path("outputs/cache")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 if ``verify`` found damage, 2 for a user's error."""
-    try:
-        arguments = _parser().parse_args(argv)
-        layout = maintenance.open_layout(arguments.dir)
-        if arguments.command == "verify":
-            return _verify(layout, remove=arguments.remove)
-        outputs = arguments.runs or [arguments.dir.resolve().parent]
-        return _ls(layout, outputs) if arguments.command == "ls" else _gc(layout, outputs, arguments)
-    except UserError as error:
-        return complain(str(error))
+    arguments = _parser().parse_args(argv)
+    layout = maintenance.open_layout(arguments.dir)
+    if arguments.command == "verify":
+        return _verify(layout, remove=arguments.remove)
+    outputs = arguments.runs or [arguments.dir.resolve().parent]
+    return _ls(layout, outputs) if arguments.command == "ls" else _gc(layout, outputs, arguments)
 
 
 def _parser() -> Parser:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from dppo.errors import UserError
@@ -27,6 +29,27 @@ def complain(message: str) -> int:
     """Print the one line and return the exit status of a user's error."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
+
+
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """The main function of a command, with its errors in one line; quiet when its reader has seen enough."""
+
+    @functools.wraps(main)
+    def answer(argv: Sequence[str] | None = None) -> int:
+        try:
+            status = main(argv)
+            sys.stdout.flush()
+            return status
+        except UserError as error:
+            return complain(str(error))
+        except BrokenPipeError:
+            # What is still buffered has no reader: the flush at exit would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except OSError as error:
+            return complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+    return answer
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -9,37 +9,29 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dppo.command_line import Parser, aligned, complain
-from dppo.errors import UserError
+from dppo.command_line import Parser, aligned, command
 from dppo.evaluation.comparison import METRICS, PAIR_METRICS, Line, compare_runs, configurations, find_runs, sft_value
 from dppo.evaluation.win_rates import Interval
 
 _WHISKERS = 25
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 for a user's error."""
-    try:
-        arguments = _parser().parse_args(argv)
-        found = configurations(find_runs(arguments.paths))
-        lines = compare_runs(
-            found,
-            metric=arguments.metric,
-            baseline=arguments.baseline,
-            n_bootstrap=arguments.n_bootstrap,
-            seed=0,
-        )
-        print("\n".join(table(lines, arguments.metric, sft_value(found, arguments.metric))))
-        if arguments.json is not None:
-            arguments.json.write_text(
-                json.dumps(
-                    {"metric": arguments.metric, "lines": [_without_nan(asdict(line)) for line in lines]}, indent=2
-                )
-            )
-    except UserError as error:
-        return complain(str(error))
-    except OSError as error:
-        return complain(f"{error.filename}: {error.strerror}")
+    arguments = _parser().parse_args(argv)
+    found = configurations(find_runs(arguments.paths))
+    lines = compare_runs(
+        found,
+        metric=arguments.metric,
+        baseline=arguments.baseline,
+        n_bootstrap=arguments.n_bootstrap,
+        seed=0,
+    )
+    print("\n".join(table(lines, arguments.metric, sft_value(found, arguments.metric))))
+    if arguments.json is not None:
+        content = {"metric": arguments.metric, "lines": [_without_nan(asdict(line)) for line in lines]}
+        arguments.json.write_text(json.dumps(content, indent=2))
     return 0
 
 

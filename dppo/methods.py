@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from dppo.command_line import Parser, complain
+from dppo.command_line import Parser, command
 from dppo.config import CONF_DIR, SWEEPS_DIR
 from dppo.errors import UserError
 from dppo.losses import pairwise, penalised, penalties, ranked, unpaired
@@ -38,29 +38,25 @@ _SHARED = (pairwise.LogitLoss, pairwise.SftWeighted, penalised.PenalisedLoss)
 _WIDTH = 100
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 for a user's error."""
     parser = Parser(prog="python -m dppo.methods", description=__doc__.replace("``", ""))
     parser.add_argument("names", nargs="*", metavar="NAME", help="an option of group loss or penalty (default: all)")
     parser.add_argument("--markdown", action="store_true", help="as docs/methods.md")
-    try:
-        arguments = parser.parse_args(argv)
-        known = {option.name: option for option in options()}
-        for name in arguments.names:
-            if name not in known:
-                near = difflib.get_close_matches(name.lower(), known, n=1)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                raise UserError(f"{name}: there is no such method.{hint} Known: {', '.join(known)}")
-        if arguments.markdown and not arguments.names:
-            lines = page()
-        else:
-            show = markdown if arguments.markdown else plain
-            lines = [line for name in arguments.names or known for line in show(known[name])]
-        print("\n".join(lines).rstrip("\n"), flush=True)
-    except UserError as error:
-        return complain(str(error))
-    except BrokenPipeError:  # the reader has seen enough
-        sys.stderr.close()
+    arguments = parser.parse_args(argv)
+    known = {option.name: option for option in options()}
+    for name in arguments.names:
+        if name not in known:
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(f"{name}: there is no such method.{hint} Known: {', '.join(known)}")
+    if arguments.markdown and not arguments.names:
+        lines = page()
+    else:
+        show = markdown if arguments.markdown else plain
+        lines = [line for name in arguments.names or known for line in show(known[name])]
+    print("\n".join(lines).rstrip("\n"))
     return 0
 
 

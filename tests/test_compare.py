@@ -178,3 +178,16 @@ def test_the_command_on_real_runs(dppo: Run, tmp_path: Path) -> None:
 def test_one_seed_is_said_to_say_little(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main([str(runs / "dpo-0"), str(runs / "unll-0"), "--n-bootstrap", "200"]) == 0
     assert "One seed each" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["dppo.cache", "ls"], ["dppo.compare", "outputs"], ["dppo.methods"]])
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(command: list[str], tmp_path: Path) -> None:
+    write_run(tmp_path / "outputs" / "run", "loss=dpo", seed=0, rewards=[1, -1])
+    (tmp_path / "outputs" / "cache").mkdir()
+    started = subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert started.stdout is not None
+    started.stdout.close()
+    _, said = started.communicate(timeout=60)
+    assert (started.returncode, said) == (0, "")
