@@ -246,16 +246,12 @@ def _interim(
         if not prompts:
             raise UserError("evaluation.interim.n_points: the data set has no validation prompts; set it to 0")
         experiment.reward.check(prompts)
+        _, answers = generate(bench, "baseline", base, prompts, experiment.generation, encoder)
+        _, (baseline,) = scores(bench, experiment.reward, prompts, [answers])
         train = list(experiment.phases.values())[-1].train
+        kl = settings.max_kl is not None
         measure = interim_win_rate(
-            bench,
-            base,
-            prompts,
-            experiment.generation,
-            experiment.reward,
-            encoder,
-            train,
-            kl=settings.max_kl is not None,
+            bench, base, prompts, baseline, experiment.generation, experiment.reward, encoder, train, kl=kl
         )
 
     def within_limits(row: Metrics) -> str | None:

@@ -12,8 +12,6 @@ from dppo.evaluation.drift import exact_kl
 from dppo.evaluation.win_rates import outcomes
 from dppo.logps import ResponseScorer
 from dppo.loop import Metrics
-from dppo.stages.generate import generate
-from dppo.stages.scores import scores
 from dppo.stages.training import autocast, saved_policy
 from dppo.types import Artifact, Generation, Prompt
 
@@ -28,6 +26,7 @@ def interim_win_rate(
     bench: Workbench,
     reference: Artifact,
     prompts: Sequence[Prompt],
+    baseline: Sequence[float],
     settings: Greedy,
     reward: Reward,
     encoder: ChatEncoder,
@@ -35,14 +34,12 @@ def interim_win_rate(
     *,
     kl: bool,
 ) -> Callable[[ResponseScorer], Metrics]:
-    """A measurement of a policy in training; the reference's answers and their scores come from the cache.
+    """A measurement of a policy in training; ``baseline`` are the rewards of the reference's answers to ``prompts``.
 
     It gives ``win_rate`` (ties 1/2), ``n_prompts``, mean ``reward`` and ``tokens`` of an answer, and with ``kl``
     ``kl_nats_per_token``: KL(policy || reference) on the policy's answers, for which the reference is loaded each time,
     because between two steps there is room where the gradients were.
     """
-    _, baseline = generate(bench, "baseline", reference, prompts, settings, encoder)
-    _, (other,) = scores(bench, reward, prompts, [baseline])
     queue = [(prompt.prompt_id, encoder.prompt_ids(prompt.messages)) for prompt in prompts]
 
     def measure(policy: ResponseScorer) -> Metrics:
@@ -52,7 +49,7 @@ def interim_win_rate(
                 answers |= {answer.prompt_id: answer for answer in part}
         own = reward.score(prompts, [answers[prompt.prompt_id].text for prompt in prompts])
         found: Metrics = {
-            "win_rate": float(outcomes(own, other).mean()),
+            "win_rate": float(outcomes(own, baseline).mean()),
             "n_prompts": len(prompts),
             "reward": float(np.mean(own)),
             "tokens": float(np.mean([len(answer.token_ids) for answer in answers.values()])),
