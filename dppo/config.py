@@ -246,6 +246,14 @@ class Experiment:
         )
 
 
+class Unused(UserError):
+    """A word of the command line that nothing in the run reads."""
+
+    def __init__(self, message: str, word: str) -> None:
+        super().__init__(message)
+        self.word = word
+
+
 def shown(value: object) -> str:
     """A value as a user would type it on the command line."""
     if value is None:
@@ -388,7 +396,10 @@ def _refuse_unread(raw: Mapping[str, Any], overrides: Sequence[str]) -> None:
                 "or drop alpha",
                 "beta": "drop it",
             }[key]
-            raise UserError(f"{key}={shown(raw[key])}: nothing in this run uses {key} ({loss}); {hint}")
+            typed = [word for word in overrides if re.match(rf"\+{{0,2}}{key}=", word)]
+            raise Unused(
+                f"{key}={shown(raw[key])}: nothing in this run uses {key} ({loss}); {hint}", typed[-1] if typed else ""
+            )
     if raw.get("init_from") is not None:
         for override in overrides:
             if re.match(r"\+{0,2}sft[.=]", override):
@@ -398,7 +409,7 @@ def _refuse_unread(raw: Mapping[str, Any], overrides: Sequence[str]) -> None:
         group = re.split(r"[./@]", name)[0]
         if group in _THROUGH_PHASES and group not in read and group in raw:
             elsewhere = ", or put it into the phase that should use it" if value else ""
-            raise UserError(f"{override}: nothing in this run uses {group} ({loss}); drop it{elsewhere}")
+            raise Unused(f"{override}: nothing in this run uses {group} ({loss}); drop it{elsewhere}", override)
 
 
 def _loss_words(raw: Mapping[str, Any]) -> str:

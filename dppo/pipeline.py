@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from dppo import __version__, results
 from dppo.artifacts import Cache
-from dppo.batches import batches
+from dppo.batches import batches, collate
 from dppo.config import Experiment, Phase
 from dppo.data import Dataset, LabelledDataset, RankedDataset
 from dppo.data.encoding import ChatEncoder, EncodedSet
@@ -20,6 +23,8 @@ from dppo.data.subsets import nested_subset
 from dppo.errors import Pruned, UserError
 from dppo.evaluation.edits import after_edit
 from dppo.loop import PERCENT, Interim, Interrupted, Metrics, ReferenceLogps, n_steps
+from dppo.losses.penalised import PenalisedLoss
+from dppo.losses.penalties import Expectile
 from dppo.losses.unpaired import DESIRABLE, KTO
 from dppo.stages.compare import compare
 from dppo.stages.drift import drift
@@ -32,13 +37,24 @@ from dppo.stages.scores import scores
 from dppo.stages.sft import sft
 from dppo.stages.workbench import Workbench
 from dppo.tracking import RunInfo, Tracker
-from dppo.types import Artifact, EncodedExample, Json, PreferenceExample, Prompt, Shape, Split, StatisticsObjective
+from dppo.types import (
+    Artifact,
+    EncodedExample,
+    Json,
+    PreferenceExample,
+    Prompt,
+    ResponseLogps,
+    Shape,
+    Split,
+    StatisticsObjective,
+)
 
 Verdict = Callable[[Metrics], str | None]
 """Why a run with this interim row is to end; None: it goes on."""
 
 # Held-out pairs and evaluation prompts are the same for every seed, so that runs can be compared prompt by prompt.
 FIXED = 0
+_PAIRS_PER_BATCH = 1024
 
 
 def run(
@@ -90,6 +106,41 @@ def run(
     finally:
         if tracker is not None:
             tracker.finish(status, final)
+
+
+def penalty_strength(experiment: Experiment) -> dict[str, float | int]:
+    """What alpha multiplies at the start: the mean f(r), before alpha, over all training pairs under the SFT model.
+
+    ``mean``, ``n_pairs``, and ``open``, the share of pairs that are ranked wrongly (r < 0). Of expectile it is the
+    published shape's absolute value. Builds SFT and the pairs' reference log-probs if the cache lacks them. Raises
+    UserError if no phase has a penalty.
+    """
+    phase = next((one for one in experiment.phases.values() if isinstance(one.loss, PenalisedLoss)), None)
+    if phase is None:
+        raise UserError("alpha=calibrated: no loss of this run has a penalty whose strength alpha weighs")
+    loss = cast("PenalisedLoss", phase.loss)
+    penalty = (
+        dataclasses.replace(loss.penalty, form="absolute") if isinstance(loss.penalty, Expectile) else loss.penalty
+    )
+    bench = _workbench(experiment)
+    bench.cache.check_writable()
+    encoder = ChatEncoder(experiment.model.load_tokenizer())
+    if experiment.init_from is None:
+        reference = sft(bench, experiment.model, experiment.dataset, experiment.sft, encoder)
+    else:
+        reference, _ = finished_run(bench, experiment.init_from, encoder)
+    rows = nested_subset(_training_rows(experiment)[loss.trains_on], phase.train.n_examples, experiment.seed)
+    examples = encoder.encode(rows, phase.train.max_length, key="train.max_length").examples
+    _, lookup = reference_logps(bench, reference, examples, phase.train)
+    margins = []
+    for at in range(0, len(examples), _PAIRS_PER_BATCH):
+        batch = collate(examples[at : at + _PAIRS_PER_BATCH])
+        tokens = torch.cat(list(lookup(batch.response_keys)))
+        own = ResponseLogps(tokens, batch.lengths, batch.example, batch.roles, batch.n_examples)
+        margins.append(loss.ranking_margin(own, own).double())
+    r = torch.cat(margins)
+    strength = penalty(r, differentiable=False)
+    return {"mean": float(strength.mean()), "n_pairs": len(r), "open": float((r < 0).double().mean())}
 
 
 def _stages(
