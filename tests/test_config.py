@@ -99,7 +99,7 @@ def test_every_option_composes_and_passes_the_door(group: str, option: str) -> N
     words = [f"{'+' if group == 'experiment' else ''}{group}={option}", *NEEDS.get((group, option), [])]
     if group == "loss/base":
         words.append("loss=unll")
-    if group == "hydra/sweeper/sampler":
+    if group.startswith("hydra/sweeper/"):
         words.append("hydra/sweeper=optuna")
     experiment = load(compose(words), words)
     assert experiment.phases or words == ["loss=none"]
@@ -127,7 +127,7 @@ def test_every_leaf_of_every_option_is_an_attribute_that_the_code_reads() -> Non
     """A value that no code reads is a knob that does nothing."""
     package = Path(config.__file__).parent
     read: set[str] = set()
-    for path in package.rglob("*.py"):
+    for path in (*package.rglob("*.py"), *(package.parent / "hydra_plugins").glob("*.py")):
         tree = ast.parse(path.read_text())
         checks = {
             id(node)
@@ -140,7 +140,7 @@ def test_every_leaf_of_every_option_is_an_attribute_that_the_code_reads() -> Non
                 read.add(node.attr)
     unread = set()
     for group, option in options():
-        if group in ("experiment", "hydra/sweeper/sampler"):
+        if group in ("experiment", "hydra/sweeper/sampler", "hydra/sweeper/pruner"):
             continue  # sets leaves of other groups, which the door knows, or arguments of Optuna's
         values = OmegaConf.to_container(OmegaConf.load(CONF_DIR / group / f"{option}.yaml"), resolve=False)
         for leaf in _leaves(values):

@@ -61,8 +61,7 @@ def best(study: Study) -> list[FrozenTrial]:
     if isinstance(study.sampler, Stratified):
         groups: dict[str, list[FrozenTrial]] = {}
         for trial in done:
-            key = str([trial.params[name] for name in study.sampler.names])
-            groups.setdefault(key, []).append(trial)
+            groups.setdefault(str(study.sampler.stratum(trial)), []).append(trial)
         return [winner for group in groups.values() for winner in _front(study, group)]
     return _front(study, done)
 
@@ -91,7 +90,8 @@ def name_of(study: Study, trial: FrozenTrial) -> str:
     """What a winning trial is called beside the baselines."""
     if isinstance(study.sampler, Stratified):
         own = {one.name: one for one in study.space.parameters}
-        return " ".join(["tuned", *(own[name].word(trial.params[name]) for name in study.sampler.names)])
+        chosen = (name for name in study.sampler.names if name in trial.params)
+        return " ".join(["tuned", *(own[name].word(trial.params[name]) for name in chosen)])
     return "best" if len(study.settings.direction) == 1 else f"trial {trial.number}"
 
 

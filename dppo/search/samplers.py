@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dppo.errors import UserError
 from dppo.search.settings import Direction
-from dppo.search.space import Space, Values
+from dppo.search.space import Space, Value, Values
 
 if TYPE_CHECKING:
     import optuna
@@ -93,12 +92,8 @@ class Stratified:
         return None
 
     def strata(self, space: Space) -> list[Values]:
-        """The combinations of the choices, in the order in which they take turns."""
-        chosen = [one for one in space.parameters if one.name in self.names]
-        return [
-            dict(zip(self.names, values, strict=True))
-            for values in itertools.product(*(next(p for p in chosen if p.name == name).choices for name in self.names))
-        ]
+        """The combinations of the choices that exist, in the order in which they take turns."""
+        return Space(tuple(one for one in space.parameters if one.name in self.names), space.when, space.fixed).grid()
 
     def propose(
         self, space: Space, index: int, before: Sequence[FrozenTrial], directions: Sequence[Direction]
@@ -106,14 +101,17 @@ class Stratified:
         strata = self.strata(space)
         own = strata[index % len(strata)]
         texts = {one.name: one.word(own[one.name]).partition("=")[2] for one in space.parameters if one.name in own}
-        inner = Space(
-            tuple(one for one in space.parameters if one.name not in own), space.when, {**space.fixed, **texts}
-        )
+        rest = tuple(one for one in space.parameters if one.name not in self.names)
+        inner = Space(rest, space.when, {**space.fixed, **texts})
         if not inner.active({}):
             return Proposal(own, {})
-        alike = [trial for trial in before if all(trial.params.get(name) == value for name, value in own.items())]
+        alike = [trial for trial in before if self.stratum(trial) == [own.get(name) for name in self.names]]
         found = self.within.propose(inner, index // len(strata), alike, directions)
-        return replace(found, values=space.keep({**own, **found.values}))
+        return replace(found, values={**own, **found.values})
+
+    def stratum(self, trial: FrozenTrial) -> list[Value]:
+        """The choices of a trial."""
+        return [trial.params.get(name) for name in self.names]
 
 
 @dataclass(frozen=True)
