@@ -32,6 +32,26 @@ class Trained:
         return bool(self.outcome["status"] == "diverged")
 
 
+def preference_slot(
+    bench: Workbench, phase: Phase, start: str, parents: Sequence[str], *, data: Json, seed: int
+) -> Slot:
+    """The place of a phase's policy; ``start`` is the fingerprint of the model that it trains from."""
+    train = phase.train
+    return bench.cache.artifact(
+        "preference",
+        {
+            "version": VERSION,
+            "loss": phase.loss,
+            "settings": train.identity(),
+            "seed": seed,
+            "data": data,
+            "numerics": bench.numerics(train.precision, train.packing),
+            **_cut(bench, phase),
+        },
+        parents=[start, *parents],
+    )
+
+
 def preference(
     bench: Workbench,
     name: str,
@@ -48,19 +68,7 @@ def preference(
 ) -> Trained:
     """Train ``phase.loss`` from the model ``start``; ``parents`` are the stores that the examples came from."""
     train = phase.train
-    slot = bench.cache.artifact(
-        "preference",
-        {
-            "version": VERSION,
-            "loss": phase.loss,
-            "settings": train.identity(),
-            "seed": seed,
-            "data": data,
-            "numerics": bench.numerics(train.precision, train.packing),
-            **_cut(bench, phase),
-        },
-        parents=[start.fingerprint, *parents],
-    )
+    slot = preference_slot(bench, phase, start.fingerprint, parents, data=data, seed=seed)
 
     def build(started: Build) -> None:
         policy = continued_policy(bench, start, train.lora, seed)
