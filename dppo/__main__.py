@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,9 +39,12 @@ _SILENT = (
     "hydra/hydra_logging=disabled",
 )
 
+# What the dry runs of this command would have made: the later jobs of a multirun find it in the cache.
+_planned: set[str] = set()
+
 
 def run_job(composed: DictConfig) -> float | tuple[float, ...]:
-    """One job of Hydra's: the values of ``objectives``, one as a float, several as a tuple."""
+    """One job of Hydra's: the values of ``objectives``, one as a float, several as a tuple; NaN for a dry run."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
@@ -48,12 +53,18 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     overrides = list(hydra.overrides.task)
     directory = Path(hydra.runtime.output_dir)
     experiment = config.load(composed, overrides)
-    from dppo import pipeline
+    from dppo import pipeline, plan
     from dppo.loop import Interrupted
 
     resolved = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(resolved, dict)
     try:
+        if experiment.dry_run:
+            found = plan.plan(experiment, also_built=_planned)
+            _planned.update(found.makes)
+            if int(os.environ.get("RANK", "0")) == 0:
+                print("\n".join(plan.lines(found)), flush=True)
+            return math.nan
         values = pipeline.run(
             experiment,
             directory,
@@ -108,9 +119,14 @@ def _main() -> int:
         places = [at for at, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
         arguments.insert(places[0] if places else len(arguments), f"hydra.searchpath=[file://{config.SWEEPS_DIR}]")
     sys.argv[1:] = [*arguments, *_SILENT] if int(os.environ.get("RANK", "0")) > 0 and checking else arguments
+    nowhere = _nowhere(arguments) if checking else None
+    if nowhere is not None:
+        sys.argv[1:] = _placed(sys.argv[1:], nowhere.name)
     try:
         if checking == "multirun":
             sweeper = _sweeper(overrides)
+            if nowhere is not None and _is_search(sweeper):
+                raise UserError("dry_run=true: a search chooses its trials as it goes; try one of them without -m")
             if space := _search_space(sweeper, overrides):
                 overrides = [*space, *overrides]
                 places = [at for at, word in enumerate(sys.argv) if at and not word.startswith("-")]
@@ -144,6 +160,10 @@ def _main() -> int:
     except Exception:
         logging.getLogger("dppo").exception("this is a bug in dppo; please report it with the lines below")
         return EXIT_FAILED
+    finally:
+        _planned.clear()
+        if nowhere is not None:
+            nowhere.cleanup()
     return 0
 
 
@@ -184,6 +204,20 @@ def _runs_something(arguments: Sequence[str]) -> str | None:
     }:
         return None
     return "multirun" if flags & {"-m", "--multirun"} else "run"
+
+
+def _nowhere(arguments: Sequence[str]) -> tempfile.TemporaryDirectory[str] | None:
+    """A directory for what Hydra writes during a dry run, to be removed after it; None for any other command."""
+    if any(word.lstrip("+").lower() == "dry_run=true" for word in arguments):
+        return tempfile.TemporaryDirectory(prefix="dppo-")
+    return None
+
+
+def _placed(arguments: Sequence[str], folder: str) -> list[str]:
+    """The same words with Hydra's directories in ``folder``, behind the last override: the last one counts."""
+    last = max(at for at, word in enumerate(arguments) if "=" in word and not word.startswith("-"))
+    places = [f"{key}='{folder}'" for key in ("hydra.run.dir", "hydra.sweep.dir")]
+    return [*arguments[: last + 1], *places, *arguments[last + 1 :]]
 
 
 def _check(jobs: Sequence[Sequence[str]]) -> None:
