@@ -63,7 +63,7 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
             found = plan.plan(experiment, also_built=_planned)
             _planned.update(found.makes)
             if int(os.environ.get("RANK", "0")) == 0:
-                print("\n".join(plan.lines(found)), flush=True)
+                _print(plan.lines(found))
             return math.nan
         values = pipeline.run(
             experiment,
@@ -84,6 +84,15 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     finally:
         startup.end()  # a run that finds everything in the cache loads no model
     return values[0] if len(values) == 1 else values
+
+
+def _print(lines: Sequence[str]) -> None:
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # The reader has seen enough. What is still buffered has none, and Hydra would announce an exception.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
 
 
 def main() -> int:
