@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """The sum of the times that are known."""
+        """The sum of the times that are known; starting Python and loading data come on top."""
         return sum(step.seconds or 0.0 for step in self.steps)
 
     @property
