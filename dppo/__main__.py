@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ from dppo.command_line import (
     dotted,
     explain_composition,
 )
-from dppo.errors import Resumable, UserError
+from dppo.errors import Pruned, Resumable, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -54,23 +55,37 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     directory = Path(hydra.runtime.output_dir)
     experiment = config.load(composed, overrides)
     from dppo import pipeline, plan
+    from dppo.artifacts.files import disk_errors, write_atomic
     from dppo.loop import Interrupted
+    from dppo.search.watch import CALIBRATION, TRIAL, watch
 
     resolved = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(resolved, dict)
+    search = _is_search(hydra.sweeper) and hydra.mode == RunMode.MULTIRUN
     try:
         if experiment.dry_run:
-            found = plan.plan(experiment, also_built=_planned)
-            _planned.update(found.makes)
+            planned = plan.plan(experiment, also_built=_planned)
+            _planned.update(planned.makes)
             if int(os.environ.get("RANK", "0")) == 0:
-                _print(plan.lines(found))
+                _print(plan.lines(planned))
             return math.nan
+        if search and CALIBRATION in os.environ:
+            found = pipeline.penalty_strength(experiment)
+            with disk_errors(directory):
+                write_atomic(directory / "strength.json", json.dumps(found).encode() + b"\n")
+            return found["mean"]
+        reports = search and TRIAL in os.environ
         values = pipeline.run(
             experiment,
             directory,
             resolved={str(key): value for key, value in resolved.items() if value != "???"},
             overrides=overrides,
+            verdict=watch(_plain(hydra.sweeper), int(os.environ[TRIAL])) if reports else lambda row: None,
         )
+    except Pruned:
+        if search:
+            raise
+        return math.nan  # ended by a limit of its own, which was said
     except Interrupted as stop:
         # Not an Exception: a multirun must stop as well.
         raise KeyboardInterrupt(str(stop)) from None
@@ -93,6 +108,14 @@ def _print(lines: Sequence[str]) -> None:
         # The reader has seen enough. What is still buffered has none, and Hydra would announce an exception.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+
+
+def _plain(node: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 def main() -> int:

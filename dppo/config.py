@@ -161,6 +161,28 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class InterimSettings:
+    """Measurements during the last phase, at ``n_points`` equal shares of its steps; they change no result.
+
+    ``metric`` is what a search's pruner sees: the win rate on ``n_prompts`` fixed validation prompts, or the accuracy
+    on held-out pairs. ``max_kl`` ends a run whose KL to the reference model, nats per token of its own answers to
+    those prompts, is above it.
+    """
+
+    n_points: int
+    n_prompts: int
+    metric: Literal["win_rate", "accuracy"]
+    max_kl: float | None
+
+    def __post_init__(self) -> None:
+        require(0 <= self.n_points <= 99, "n_points", self.n_points, "must be a number from 0 to 99")
+        require(self.n_prompts >= 1, "n_prompts", self.n_prompts, "must be at least 1")
+        if self.max_kl is not None:
+            require(self.max_kl > 0, "max_kl", self.max_kl, "must be > 0 nats a token, or null")
+            require(self.n_points > 0, "max_kl", self.max_kl, "is looked at during training: set n_points as well")
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """How the final policy is compared with the SFT model on ``split``'s prompts."""
 
@@ -170,6 +192,7 @@ class EvaluationSettings:
     n_kl_prompts: int | None
     n_bootstrap: int
     bootstrap_seed: int
+    interim: InterimSettings
 
     def __post_init__(self) -> None:
         for key in ("n_prompts", "n_pairs", "n_kl_prompts"):
@@ -222,6 +245,14 @@ class Experiment:
             "previous",
             "the first phase starts from the SFT model: write reference: sft",
         )
+
+
+class Unused(UserError):
+    """A word of the command line that nothing in the run reads."""
+
+    def __init__(self, message: str, word: str) -> None:
+        super().__init__(message)
+        self.word = word
 
 
 def shown(value: object) -> str:
@@ -366,7 +397,10 @@ def _refuse_unread(raw: Mapping[str, Any], overrides: Sequence[str]) -> None:
                 "or drop alpha",
                 "beta": "drop it",
             }[key]
-            raise UserError(f"{key}={shown(raw[key])}: nothing in this run uses {key} ({loss}); {hint}")
+            typed = [word for word in overrides if re.match(rf"\+{{0,2}}{key}=", word)]
+            raise Unused(
+                f"{key}={shown(raw[key])}: nothing in this run uses {key} ({loss}); {hint}", typed[-1] if typed else ""
+            )
     if raw.get("init_from") is not None:
         for override in overrides:
             if re.match(r"\+{0,2}sft[.=]", override):
@@ -376,7 +410,7 @@ def _refuse_unread(raw: Mapping[str, Any], overrides: Sequence[str]) -> None:
         group = re.split(r"[./@]", name)[0]
         if group in _THROUGH_PHASES and group not in read and group in raw:
             elsewhere = ", or put it into the phase that should use it" if value else ""
-            raise UserError(f"{override}: nothing in this run uses {group} ({loss}); drop it{elsewhere}")
+            raise Unused(f"{override}: nothing in this run uses {group} ({loss}); drop it{elsewhere}", override)
 
 
 def _loss_words(raw: Mapping[str, Any]) -> str:

@@ -10,5 +10,9 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class Pruned(Exception):
+    """A run was ended early, as it should be: its interim values promise too little. The message is the reason."""
+
+
 class Resumable(KeyboardInterrupt):
     """The user stopped what another command continues; the message says which."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -378,6 +379,19 @@ class ResponseScorer(nn.Module):
             )
         if said:
             _warn_once(f"warning: {type(base).__name__}: {'; '.join(said)}")
+
+    @contextmanager
+    def own_attention(self) -> Iterator[None]:
+        """The model with the attention it came with, for decoding."""
+        base = self._base
+        changed = base._supports_attention_backend and self.packing == "packed"
+        if changed:
+            base.set_attn_implementation(self._own_attention)
+        try:
+            yield
+        finally:
+            if changed:
+                base.set_attn_implementation(SHARED_PROMPT)
 
     def _use(self, packing: Literal["packed", "padded"], *, own_logits: bool) -> None:
         self.packing, self.own_logits = packing, own_logits

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dppo.batches import batches, collate, micro_batches
 from dppo.config import TrainSettings
+from dppo.errors import Pruned
 from dppo.logps import ResponseScorer
 from dppo.losses.penalised import PenalisedLoss
 from dppo.progress import Progress
@@ -70,6 +71,24 @@ class Outcome:
 
     def to_json(self) -> dict[str, Json]:
         return {**dataclasses.asdict(self), "example_ids": list(self.example_ids), "notices": list(self.notices)}
+
+
+@dataclass(frozen=True)
+class Interim:
+    """What is measured at some steps of a run, and who may end it for that.
+
+    ``percent_at`` maps optimiser steps to the percent of the run that is done then. ``measure`` gets the policy, in
+    eval mode, in the main process alone; None where only held-out pairs are looked at. ``verdict`` is told every row
+    with a percent, once each and in order, and gives the reason to end the run, or None.
+    """
+
+    percent_at: Mapping[int, int]
+    metric: Literal["win_rate", "accuracy"]
+    measure: Callable[[ResponseScorer], Metrics] | None
+    verdict: Callable[[Metrics], str | None]
+
+
+PERCENT, INTERIM = "interim/percent", "interim/value"
 
 
 @dataclass
@@ -261,12 +280,14 @@ def train(
     checkpoints: Path,
     reference: ReferenceLogps | None = None,
     held_out: Sequence[EncodedExample] = (),
+    interim: Interim | None = None,
     title: str = "train",
 ) -> Outcome:
     """Minimise ``objective`` over ``examples``; changes ``model`` in place.
 
     ``log`` receives one flat mapping per logged step, with the 1-based ``step``. ``checkpoints`` is a directory of
-    this run's own; a checkpoint found there is continued. Raises ``Interrupted`` after SIGINT or SIGTERM.
+    this run's own; a checkpoint found there is continued. Raises ``Interrupted`` after SIGINT or SIGTERM, ``Pruned``
+    where ``interim`` says so; both leave a checkpoint.
     """
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(settings.deterministic)
@@ -359,10 +380,19 @@ def train(
                     state.best_loss, state.best_step = float(found["loss"]), state.step
                     if settings.save == "best" and main:
                         _write_tensors(checkpoints / "best.safetensors", dict(parameters), {})
+            pruned: str | None = None
+            if interim is not None and state.step in interim.percent_at:
+                row = run.interim(interim, scorer, held_out, state)
+                if main:
+                    log(row)
+                    pruned = interim.verdict(row)
+                (pruned,) = broadcast(accelerator, [pruned])
             due = settings.checkpoint_every is not None and state.step % settings.checkpoint_every == 0
             stopping = run.any_rank(stopped.is_set())
-            if main and (stopping or (due and not last)):
+            if main and (pruned or stopping or (due and not last)):
                 _save(checkpoints, parameters, optimiser, state)
+            if pruned:
+                raise Pruned(pruned)
             if stopping:
                 raise Interrupted(f"{title} stopped after step {state.step} of {steps}; a checkpoint was written")
     if settings.save == "best" and state.best_step is not None:
@@ -511,6 +541,27 @@ class _Run:
         self.scorer.train(training)
         return self._over_ranks(sums).metrics()
 
+    def interim(
+        self, interim: Interim, scorer: ResponseScorer, held_out: Sequence[EncodedExample], state: _State
+    ) -> Metrics:
+        """What is measured after a step; only the main process's row holds what was decoded."""
+        started = time.perf_counter()
+        row: Metrics = {}
+        if interim.measure is not None and self.accelerator.is_main_process:
+            training = scorer.training
+            scorer.eval()
+            row = {f"interim/{name}": value for name, value in interim.measure(scorer).items()}
+            scorer.train(training)
+        if interim.metric == "accuracy":
+            row["interim/accuracy"] = self.evaluate(held_out, state.statistics)["accuracy"]
+        return {
+            "step": state.step,
+            PERCENT: interim.percent_at[state.step],
+            **({INTERIM: row[f"interim/{interim.metric}"]} if self.accelerator.is_main_process else {}),
+            **row,
+            "interim/seconds": time.perf_counter() - started,
+        }
+
     @torch.no_grad()
     def remedy(self, examples: Sequence[EncodedExample], statistics: Tensor | None) -> str:
         """What to type instead: a smaller alpha, or the per-token margin with alpha re-scaled to this batch."""
@@ -560,6 +611,15 @@ class _Run:
         from accelerate.utils import gather_object
 
         return next((ids for ids in gather_object([bad]) if ids), ())
+
+
+def broadcast(accelerator: Accelerator, values: list[Any]) -> list[Any]:
+    """The main process's values, in every process."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(values)
+    return values
 
 
 def _scope(objective: Objective) -> Literal["optimiser_batch", "micro_batch"] | None:

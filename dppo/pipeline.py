@@ -2,48 +2,75 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from dppo import __version__, results
 from dppo.artifacts import Cache
-from dppo.batches import batches
+from dppo.batches import batches, collate
 from dppo.config import Experiment, Phase, TrainSettings
 from dppo.data import Dataset, LabelledDataset, RankedDataset
 from dppo.data.encoding import ChatEncoder, EncodedSet
 from dppo.data.shapes import one_row_per_prompt, with_answers_of_the_row_before, with_answers_to_other_prompts
 from dppo.data.subsets import nested_subset
-from dppo.errors import UserError
+from dppo.errors import Pruned, UserError
 from dppo.evaluation.edits import after_edit
-from dppo.loop import Interrupted, ReferenceLogps, n_steps
+from dppo.loop import PERCENT, Interim, Interrupted, Metrics, ReferenceLogps, n_steps
+from dppo.losses.penalised import PenalisedLoss
+from dppo.losses.penalties import Expectile
 from dppo.losses.unpaired import DESIRABLE, KTO
 from dppo.stages.compare import compare
 from dppo.stages.drift import drift
 from dppo.stages.finished import finished_run
 from dppo.stages.generate import generate
+from dppo.stages.interim import interim_win_rate
 from dppo.stages.preference import Trained, preference
 from dppo.stages.reference import reference_logps
 from dppo.stages.scores import scores
 from dppo.stages.sft import sft
 from dppo.stages.workbench import Workbench
 from dppo.tracking import RunInfo, Tracker
-from dppo.types import Artifact, EncodedExample, Json, PreferenceExample, Prompt, Shape, Split, StatisticsObjective
+from dppo.types import (
+    Artifact,
+    EncodedExample,
+    Json,
+    PreferenceExample,
+    Prompt,
+    ResponseLogps,
+    Shape,
+    Split,
+    StatisticsObjective,
+)
+
+Verdict = Callable[[Metrics], str | None]
+"""Why a run with this interim row is to end; None: it goes on."""
 
 # Held-out pairs and evaluation prompts are the same for every seed, so that runs can be compared prompt by prompt.
 FIXED = 0
+_PAIRS_PER_BATCH = 1024
 
 
 def run(
-    experiment: Experiment, directory: Path, *, resolved: Mapping[str, Json], overrides: Sequence[str]
+    experiment: Experiment,
+    directory: Path,
+    *,
+    resolved: Mapping[str, Json],
+    overrides: Sequence[str],
+    verdict: Verdict = lambda row: None,
 ) -> tuple[float, ...]:
     """Run an experiment, write its run directory and return the values of its objectives.
 
-    ``resolved`` is the configuration as it is recorded, ``overrides`` the words that the user typed. Whatever ends
-    the run, ``result.json`` says how it ended.
+    ``resolved`` is the configuration as it is recorded, ``overrides`` the words that the user typed. ``verdict`` sees
+    every interim row and may end the run with a reason: then, as beyond ``evaluation.interim.max_kl``, ``Pruned`` is
+    raised. Whatever ends the run, ``result.json`` says how it ended.
     """
     started = time.perf_counter()
     results.check_objectives(experiment.objectives)
@@ -61,7 +88,7 @@ def run(
     status: Any = "failed"
     final: dict[str, float | int] = {}
     try:
-        result = _stages(experiment, bench, record, tracker)
+        result = _stages(experiment, bench, record, tracker, verdict)
         result["timings"]["total_seconds"] = round(time.perf_counter() - started, 3)
         status = result["status"]
         final = results.final_scalars(result)
@@ -69,6 +96,8 @@ def run(
             record.result(result)
         for line in results.summary(result, directory):
             bench.say(line)
+        if status == "pruned":
+            raise Pruned(result["pruned"]["reason"])
         return results.objective_values(result, experiment.objectives)
     except (KeyboardInterrupt, Interrupted):
         status = "interrupted"
@@ -80,8 +109,47 @@ def run(
             tracker.finish(status, final)
 
 
+def penalty_strength(experiment: Experiment) -> dict[str, float | int]:
+    """What alpha multiplies at the start: the mean f(r), before alpha, over all training pairs under the SFT model.
+
+    ``mean``, ``n_pairs``, and ``open``, the share of pairs that are ranked wrongly (r < 0). Of expectile it is the
+    published shape's absolute value. Builds SFT and the pairs' reference log-probs if the cache lacks them. Raises
+    UserError if no phase has a penalty.
+    """
+    phase = next((one for one in experiment.phases.values() if isinstance(one.loss, PenalisedLoss)), None)
+    if phase is None:
+        raise UserError("alpha=calibrated: no loss of this run has a penalty whose strength alpha weighs")
+    loss = cast("PenalisedLoss", phase.loss)
+    penalty = (
+        dataclasses.replace(loss.penalty, form="absolute") if isinstance(loss.penalty, Expectile) else loss.penalty
+    )
+    bench = _workbench(experiment)
+    bench.cache.check_writable()
+    encoder = ChatEncoder(experiment.model.load_tokenizer())
+    if experiment.init_from is None:
+        reference = sft(bench, experiment.model, experiment.dataset, experiment.sft, encoder)
+    else:
+        reference, _ = finished_run(bench, experiment.init_from, encoder)
+    rows = nested_subset(_training_rows(experiment)[loss.trains_on], phase.train.n_examples, experiment.seed)
+    examples = encoder.encode(rows, phase.train.max_length, key="train.max_length").examples
+    _, lookup = reference_logps(bench, reference, examples, phase.train)
+    margins = []
+    for at in range(0, len(examples), _PAIRS_PER_BATCH):
+        batch = collate(examples[at : at + _PAIRS_PER_BATCH])
+        tokens = torch.cat(list(lookup(batch.response_keys)))
+        own = ResponseLogps(tokens, batch.lengths, batch.example, batch.roles, batch.n_examples)
+        margins.append(loss.ranking_margin(own, own).double())
+    r = torch.cat(margins)
+    strength = penalty(r, differentiable=False)
+    return {"mean": float(strength.mean()), "n_pairs": len(r), "open": float((r < 0).double().mean())}
+
+
 def _stages(
-    experiment: Experiment, bench: Workbench, record: results.RunDirectory, tracker: Tracker | None
+    experiment: Experiment,
+    bench: Workbench,
+    record: results.RunDirectory,
+    tracker: Tracker | None,
+    verdict: Verdict,
 ) -> dict[str, Any]:
     training = _training_rows(experiment)
     encoder = ChatEncoder(experiment.model.load_tokenizer())
@@ -97,19 +165,22 @@ def _stages(
     offset = 0
     for name, phase in experiment.phases.items():
         base = reference if phase.reference == "sft" else policy
-        trained = _phase(experiment, bench, name, phase, training[phase.loss.trains_on], policy, base, encoder)
+        last = phase is list(experiment.phases.values())[-1]
+        watch = functools.partial(_interim, experiment, bench, base, encoder, verdict) if last else None
+        trained = _phase(experiment, bench, name, phase, training[phase.loss.trains_on], policy, base, encoder, watch)
         rows = [{**row, "step": int(row["step"]) + offset} for row in trained.metrics]
         if bench.is_main:
             record.metrics(name, rows)
-        for notice in trained.outcome["notices"] if trained.artifact.reused else ():
+        for notice in trained.outcome.get("notices", ()) if trained.reused else ():
             bench.warn(f"{name}: {notice}")
         if tracker is not None:
             for row in rows:
                 tracker.log(row)
-        if trained.diverged:
-            return results.diverged(trained, name, bench)
+        if trained.policy is None:
+            ended = results.pruned if trained.status == "pruned" else results.diverged
+            return ended(trained, name, bench)
         offset += int(trained.outcome["steps"])
-        policy = trained.artifact
+        policy = trained.policy
 
     settings = experiment.generation
     own_store, own = generate(bench, "answers", policy, prompts, settings, encoder)
@@ -151,8 +222,12 @@ def _phase(
     start: Artifact,
     base: Artifact,
     encoder: ChatEncoder,
+    watch: Callable[[int, bool], Interim | None] | None,
 ) -> Trained:
-    """One preference phase: y_gen and reference log-probs if its loss uses them, then training."""
+    """One preference phase: y_gen and reference log-probs if its loss uses them, then training.
+
+    ``watch`` makes the interim measurements for a number of steps; it is told whether there are held-out pairs.
+    """
     train, seed = phase.train, experiment.seed
     data = phase_data(experiment, bench, phase, training, encoder)
     for note in data.notes:
@@ -180,7 +255,65 @@ def _phase(
         reference=lookup,
         parents=parents,
         encoder=encoder,
+        interim=watch(n_steps(train, len(examples)), bool(held_out)) if watch is not None else None,
     )
+
+
+def _interim(
+    experiment: Experiment,
+    bench: Workbench,
+    base: Artifact,
+    encoder: ChatEncoder,
+    verdict: Verdict,
+    steps: int,
+    has_pairs: bool,
+) -> Interim | None:
+    """What is measured on the way to the last step: answers to fixed validation prompts against the reference's."""
+    settings = experiment.evaluation.interim
+    percent_at, prompts = interim_data(experiment, steps, has_pairs)
+    if not percent_at:
+        return None
+    measure = None
+    if prompts:
+        _, answers = generate(bench, "baseline", base, prompts, experiment.generation, encoder)
+        _, (baseline,) = scores(bench, experiment.reward, prompts, [answers])
+        train = list(experiment.phases.values())[-1].train
+        kl = settings.max_kl is not None
+        measure = interim_win_rate(
+            bench, base, prompts, baseline, experiment.generation, experiment.reward, encoder, train, kl=kl
+        )
+
+    def within_limits(row: Metrics) -> str | None:
+        kl = row.get("interim/kl_nats_per_token")
+        if settings.max_kl is not None and kl is not None and not kl <= settings.max_kl:
+            return (
+                f"KL to the reference is {kl:.3g} nats a token after {row[PERCENT]:.0f} % of training, above "
+                f"evaluation.interim.max_kl={settings.max_kl:g}"
+            )
+        return verdict(row)
+
+    return Interim(percent_at, settings.metric, measure, within_limits)
+
+
+def interim_data(experiment: Experiment, steps: int, has_pairs: bool) -> tuple[dict[int, int], list[Prompt]]:
+    """({step: percent of training}, prompts that are answered at each). Raises UserError for data that has none."""
+    settings = experiment.evaluation.interim
+    shares = [(place + 1) / (settings.n_points + 1) for place in range(settings.n_points)]
+    percent_at = {round(share * steps): round(100 * share) for share in shares if 0 < round(share * steps) < steps}
+    if not percent_at:
+        return {}, []
+    if settings.metric == "accuracy" and not has_pairs:
+        raise UserError(
+            "evaluation.interim.metric=accuracy: there are no held-out pairs to rank; choose win_rate, or a data set "
+            "with validation pairs"
+        )
+    if settings.metric == "accuracy" and settings.max_kl is None:
+        return percent_at, []
+    prompts = nested_subset(experiment.dataset.prompts("validation"), settings.n_prompts, FIXED)
+    if not prompts:
+        raise UserError("evaluation.interim.n_points: the data set has no validation prompts; set it to 0")
+    experiment.reward.check(prompts)
+    return percent_at, prompts
 
 
 def _rows(dataset: Dataset, shape: Shape, split: Split) -> list[PreferenceExample]:
@@ -215,7 +348,7 @@ def phase_data(
     encoded = encoder.encode(rows, train.max_length, key="train.max_length")
     examples = _seen(_shaped(encoded, phase, seed, bench), phase, seed)
     held_out: tuple[EncodedExample, ...] = ()
-    if train.evaluate_every is not None and held_out_rows:
+    if held_out_rows and (train.evaluate_every is not None or experiment.evaluation.interim.metric == "accuracy"):
         held_out = encoder.encode(held_out_rows, encoded.max_length).examples
     wanted = {example.prompt_id for example in (*examples, *held_out)}
     asked = {pair.prompt.prompt_id: pair.prompt for pair in (*rows, *held_out_rows)}

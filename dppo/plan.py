@@ -254,19 +254,9 @@ def _add_stages(
             return
         policy = slot.fingerprint
 
-    keys = [prompt.prompt_id for prompt in prompts]
     own = answers_store(bench, policy, experiment.generation, encoder)
     other = answers_store(bench, reference, experiment.generation, encoder)
-    planner.store("answers", own, keys, "answer")
-    planner.store("baseline", other, keys, "answer")
-    scored = scores_store(bench, experiment.reward)
-    texts = []
-    for store in (own, other):
-        there = _there(store, keys)
-        for prompt in prompts:
-            answer = there.get(prompt.prompt_id)
-            texts.append(_unknown(store, prompt.prompt_id) if answer is None else score_key(prompt, answer.text))
-    planner.store("scores", scored, texts, "response")
+    scored = _add_rewards(planner, {"answers": own, "baseline": other}, prompts)
     train, kl_prompts, pairs = pipeline.drift_data(experiment, prompts, encoder)
     there = _there(own, [prompt.prompt_id for prompt in kl_prompts])
     if guessed := len(there) < len(kl_prompts):
@@ -321,9 +311,28 @@ def _add_phase(planner: _Planner, phase: Phase, training: Sequence[PreferenceExa
         logps = reference_store(bench, base, phase.train)
         planner.store("reference", logps, [*response_keys(examples), *unknown], "response")
         parents.append(logps.fingerprint)
+    steps = n_steps(phase.train, len(data.examples))
+    if phase is list(experiment.phases.values())[-1]:
+        _, prompts = pipeline.interim_data(experiment, steps, bool(data.held_out))
+        if prompts:
+            _add_rewards(planner, {"baseline": answers_store(bench, base, experiment.generation, encoder)}, prompts)
     slot = preference_slot(bench, phase, start, parents, data=experiment.dataset.identity(), seed=experiment.seed)
-    planner.artifact("preference", slot, n_steps(phase.train, len(data.examples)), "step")
+    planner.artifact("preference", slot, steps, "step")
     return slot
+
+
+def _add_rewards(planner: _Planner, stores: Mapping[str, Store[Json]], prompts: Sequence[Prompt]) -> Store[Json]:
+    """Answers of models to ``prompts``, their stores by title, and the rewards of all; returns the rewards' store."""
+    keys, texts = [prompt.prompt_id for prompt in prompts], []
+    for title, store in stores.items():
+        planner.store(title, store, keys, "answer")
+        there = _there(store, keys)
+        for prompt in prompts:
+            answer = there.get(prompt.prompt_id)
+            texts.append(_unknown(store, prompt.prompt_id) if answer is None else score_key(prompt, answer.text))
+    scored = scores_store(planner.bench, planner.experiment.reward)
+    planner.store("scores", scored, texts, "response")
+    return scored
 
 
 def _there(store: Store[Json], keys: Sequence[str]) -> dict[str, Generation]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from dppo.artifacts import manifest
 from dppo.artifacts.files import disk_errors, write_atomic
 from dppo.errors import UserError
-from dppo.loop import Metrics
+from dppo.loop import PERCENT, Metrics
 from dppo.types import Artifact, Generation, Json, Prompt
 
 if TYPE_CHECKING:
@@ -150,6 +150,22 @@ def diverged(trained: Trained, phase: str, bench: Workbench) -> dict[str, Any]:
         "objective": 0.0,
         "win_rate": {"value": 0.0},
         "diverged": {"phase": phase, "step": int(outcome["steps"]) + 1, "example_ids": outcome["example_ids"]},
+        "timings": timings(bench),
+    }
+
+
+def pruned(trained: Trained, phase: str, bench: Workbench) -> dict[str, Any]:
+    """The content of ``result.json`` for a run that was ended early: how far it came, and its interim values."""
+    outcome = trained.outcome
+    measured = [
+        {name.removeprefix("interim/"): value for name, value in row.items() if name.startswith(("step", "interim/"))}
+        for row in trained.metrics
+        if PERCENT in row
+    ]
+    return {
+        "status": "pruned",
+        "pruned": {"phase": phase, "step": int(outcome["steps"]), "reason": outcome["reason"]},
+        "interim": measured,
         "timings": timings(bench),
     }
 
@@ -324,6 +340,9 @@ def summary(result: Mapping[str, Any], directory: Path) -> list[str]:
             f"(examples {', '.join(found['example_ids'][:3])})"
         )
         lines.append("try a smaller alpha or learning rate; the objectives are reported at their worst")
+    elif result["status"] == "pruned":
+        found = result["pruned"]
+        lines.append(f"pruned in phase {found['phase']} after step {found['step']}: {found['reason']}")
     else:
         rate, reward, length, kl = result["win_rate"], result["reward"], result["length"], result["kl"]
         rows = [

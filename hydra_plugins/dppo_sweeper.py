@@ -6,9 +6,12 @@ register nothing.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import os
-import traceback
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,23 +20,30 @@ from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
+    from dppo.config import Experiment
+    from dppo.search.pruners import Pruner
+    from dppo.search.samplers import Sampler
     from dppo.search.settings import SearchSettings
-    from dppo.search.space import Parameter, Space, Value
-    from dppo.search.study import Asked, Study
+    from dppo.search.space import Parameter, Space, Value, Values
+    from dppo.search.study import SideRun, Study
 
 # More combinations than this are not all composed before the first trial; every end is still checked once.
 _CHECKED = 64
-# Words that place a run but don't change what comes out.
-_PLACES = ("cache", "device", "tracking")
+# Words that place a run, and measurements on its way: neither changes what comes out.
+_NO_INFLUENCE = ("cache.", "device", "tracking.", "dry_run", "evaluation.interim.")
+# How often a run is measured on its way if a pruner asks for it and nobody said how often.
+_POINTS = 4
+_PRUNABLE = ("objective", "win_rate.", "reward.policy", "reward.delta", "held_out.accuracy")
+_CALIBRATED = "calibrated"
 
 
 class OptunaSweeper(Sweeper):
-    """Runs trials of a study one after the other until there are ``n_trials``; see conf/hydra/sweeper/optuna.yaml."""
+    """Runs trials of a study until there are ``n_trials``; see conf/hydra/sweeper/optuna.yaml."""
 
     def __init__(self, **settings: Any) -> None:
         self.given = settings
@@ -46,54 +56,126 @@ class OptunaSweeper(Sweeper):
 
         self.hydra_context = hydra_context
         self.config = config
+        with open_dict(config):  # every trial is announced here; the launchers' own announcements are not needed
+            config.hydra.hydra_logging.root.level = "WARNING"
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
         """Search; ``arguments`` are the words of the command line, of which some are fixed and some searched."""
-        from dppo import config
         from dppo.errors import Resumable, UserError
-        from dppo.search import report
-        from dppo.search.samplers import sampler_from
-        from dppo.search.settings import SearchSettings
-        from dppo.search.study import open_study
+        from dppo.search import report, workers
+        from dppo.search.pruners import pruner_from
+        from dppo.search.runner import Runner, say
+        from dppo.search.study import WORKER, open_study, reach
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("hydra/sweeper=optuna: a search is one process, not several under torchrun")
-        assert self.config is not None
-        places = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
-        assert isinstance(places, dict)
-        if places["subdir"] != "${hydra.job.num}":
-            raise UserError("hydra.sweep.subdir: a trial's directory is its number; drop it")
-        given = dict(self.given)
-        direction = given.get("direction")
-        given["direction"] = [direction] if isinstance(direction, str) else direction
-        settings: SearchSettings = config.typed(SearchSettings, given, "hydra.sweeper")
+        is_worker = WORKER in os.environ
+        settings = self._settings(is_worker)
         fixed, parameters = self._parse(arguments, settings)
         space = self._space(fixed, parameters, settings)
-        sampler = sampler_from(settings.sampler, settings.direction)
-        limit = sampler.limit(space)
-        configuration, objectives = self._check(space, fixed, settings)
+        pruner = pruner_from(settings.pruner, settings.replicates)
+        fixed, pruner, note = self._pruned(fixed, pruner, settings)
+        sampler = self._sampler(space, settings)
+        sampler.limit(space)
+        experiment, configuration = self._check(space, fixed, settings)
+        directory = Path(str(self._config.hydra.sweep.dir))
+        baselines = [self._baseline(text, fixed) for text in settings.baselines]
+        storage = reach(settings, directory)
+        space, scale = self._calibrated(space, fixed, directory)
+        enqueued = [self._enqueued(text, space) for text in settings.enqueue]
 
-        directory = Path(str(self.config.hydra.sweep.dir))
-        study = open_study(settings, space, sampler, directory, fixed, configuration)
-        for name, line in space.description().items():
-            say(f"search {name}: {line}")
-        if limit is not None and limit > settings.n_trials:
-            say(f"the grid holds {limit} combinations: the first hydra.sweeper.n_trials={settings.n_trials} are run")
+        study = open_study(storage, settings, space, sampler, directory, fixed, configuration, enqueued)
+        runner = Runner(study, pruner, experiment.objectives, experiment.seed, self._launch)
+        if is_worker:
+            workers.end_with_parent()
+            runner.work()
+            return
+        for line in [*note, *scale, *_header(study, sampler)]:
+            say(line)
         try:
-            for lost, again in study.reclaim():
-                say(f"trial {lost.number} was abandoned: again as trial {again.number}")
-                self._run(study, again, objectives)
-            while (asked := study.ask()) is not None:
-                self._run(study, asked, objectives)
+            study.plan(_baseline_runs(study, baselines, experiment.seed))
+            self._work(runner)
+            study.plan(_result_runs(study, baselines, experiment.seed))
+            self._work(runner)
         except KeyboardInterrupt as stop:
             said = f"{stop}; " if str(stop) else ""
             raise Resumable(f"{said}the same command with hydra.sweeper.resume=true") from None
         finally:
-            for line in report.write(study, objectives):
+            for line in report.write(study, experiment.objectives):
                 say(line)
+
+    def _work(self, runner: Any) -> None:
+        """Run what is left of the study, in this process or in workers."""
+        from dppo.search import workers
+        from dppo.search.study import is_gone
+
+        study = runner.study
+        if study.settings.n_jobs == 1:
+            runner.work()
+            return
+
+        def left() -> bool:
+            begun = [
+                trial
+                for trial in study.trials()
+                if not (trial.state.name == "RUNNING" and is_gone(trial.user_attrs["owner"]))
+            ]
+            planned = any(
+                run["state"] == "planned" or (run["state"] == "running" and is_gone(run["owner"]))
+                for run in study.side_runs().values()
+            )
+            return len(begun) < study.total or planned
+
+        if left():
+            workers.run_workers(study.settings.n_jobs, study.directory, study.count_death, left, sys.argv[1:])
+
+    @property
+    def _config(self) -> DictConfig:
+        assert self.config is not None
+        return self.config
+
+    def _settings(self, is_worker: bool) -> SearchSettings:
+        from dppo import config
+        from dppo.errors import UserError
+        from dppo.search.settings import SearchSettings
+        from dppo.search.study import shown
+
+        places = OmegaConf.to_container(self._config.hydra.sweep, resolve=False)
+        raw = OmegaConf.to_container(self._config.hydra.sweeper, resolve=False)
+        assert isinstance(places, dict) and isinstance(raw, dict)
+        if places["subdir"] != "${hydra.job.num}":
+            raise UserError("hydra.sweep.subdir: a trial's directory is its number; drop it")
+        typed = str(raw.get("storage"))
+        if shown(typed) != typed and "${" not in typed:
+            raise UserError(
+                f"hydra.sweeper.storage={shown(typed)}: a password would be written to files; put the URL into an "
+                "environment variable and type 'hydra.sweeper.storage=${oc.env:DPPO_STORAGE}'"
+            )
+        given = dict(self.given)
+        direction = given.get("direction")
+        given["direction"] = [direction] if isinstance(direction, str) else direction
+        if given.get("storage") is None:
+            given["storage"] = f"sqlite:///{self._config.hydra.sweep.dir}/study.db"
+        settings: SearchSettings = config.typed(SearchSettings, given, "hydra.sweeper")
+        assert settings.bounds is not None  # refuses what is not a constraint
+        return dataclasses.replace(settings, resume=True) if is_worker else settings
+
+    def _launch(self, words: Sequence[str], subdir: str, reports: int | None, number: int) -> tuple[float, ...]:
+        """One job, by whatever launcher was chosen."""
+        from dppo.search.watch import TRIAL
+
+        assert self.launcher is not None
+        own = [f"hydra.sweep.subdir='{subdir}'"]
+        if reports is not None:
+            own.append(f"+hydra.job.env_set.{TRIAL}={reports}")
+        (job,) = self.launcher.launch([[*words, *own]], initial_job_idx=number)
+        if job.status == JobStatus.FAILED:
+            raise job._return_value
+        returned = job.return_value
+        return tuple(returned) if isinstance(returned, (tuple, list)) else (float(returned),)
 
     # --- the search space --------------------------------------------------------------------------------------------
 
@@ -112,9 +194,9 @@ class OptunaSweeper(Sweeper):
         typed = parser.parse_overrides(list(arguments))
         keys = {override.key_or_group for override in typed}
         from_preset = [one for one in parser.parse_overrides(preset) if one.key_or_group not in keys]
-        fixed = [word for word, one in zip(arguments, typed, strict=True) if not one.is_sweep_override()]
-        fixed += [str(one.input_line) for one in from_preset if not one.is_sweep_override()]
-        searched = [one for one in [*from_preset, *typed] if one.is_sweep_override()]
+        fixed = [word for word, one in zip(arguments, typed, strict=True) if not _is_searched(one)]
+        fixed += [str(one.input_line) for one in from_preset if not _is_searched(one)]
+        searched = [one for one in [*from_preset, *typed] if _is_searched(one)]
         if not searched:
             raise UserError(
                 "hydra/sweeper=optuna: nothing is searched; give a range, for instance "
@@ -163,15 +245,87 @@ class OptunaSweeper(Sweeper):
             return composed
         return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
-    def _check(
-        self, space: Space, fixed: Sequence[str], settings: SearchSettings
-    ) -> tuple[dict[str, str], tuple[str, ...]]:
-        """Pass every end of every parameter through the door; returns what is not searched, and the objectives."""
+    def _sampler(self, space: Space, settings: SearchSettings) -> Sampler:
+        """The sampler, with an equal share of the trials for every choice that is compared."""
+        from dppo.errors import UserError
+        from dppo.search.samplers import FromOptuna, Grid, Stratified, sampler_from
+
+        for name in settings.labels:
+            if name not in space.names():
+                raise UserError(f"hydra.sweeper.labels.{name}: is not searched; searched: {', '.join(space.names())}")
+        sampler = sampler_from(settings.sampler, settings.direction)
+        if settings.custom_search_space is not None:
+            if not isinstance(sampler, FromOptuna):
+                raise UserError("hydra.sweeper.custom_search_space: needs a sampler of Optuna's, for instance tpe")
+            suggest = self._custom(settings.custom_search_space)
+            sampler = dataclasses.replace(sampler, more=lambda trial: suggest(self._compose([]), trial))
+        compared = [
+            one.name
+            for one in space.parameters
+            if one.kind == "choice" and settings.labels.get(one.name) == "scientific"
+        ]
+        if not compared or isinstance(sampler, Grid):
+            return sampler
+        if len(compared) == len(space.parameters):
+            return Grid()
+        return Stratified(tuple(compared), sampler)
+
+    def _custom(self, target: str) -> Any:
+        """The function that suggests more parameters, from a module that the user allows."""
+        import importlib
+
+        from dppo.errors import UserError
+
+        allowed = tuple(f"{prefix.rstrip('.')}." for prefix in self._config.get("allowed_targets", []))
+        if not target.startswith(allowed) or not allowed:
+            raise UserError(
+                f"hydra.sweeper.custom_search_space={target}: is code of your own: add its module to allowed_targets"
+            )
+        module, _, name = target.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            raise UserError(f"hydra.sweeper.custom_search_space={target}: there is no such function") from None
+
+    def _pruned(
+        self, fixed: list[str], pruner: Pruner, settings: SearchSettings
+    ) -> tuple[list[str], Pruner, list[str]]:
+        """The fixed words with the interim measurements that the pruner needs, and the pruner that can be used."""
+        from dppo.errors import UserError
+        from dppo.search.pruners import pruner_from
+
+        composed = self._compose(fixed)
+        points = int(OmegaConf.select(composed, "evaluation.interim.n_points", default=0))
+        if pruner.instances is not None and points:
+            raise UserError(
+                "hydra.sweeper.pruner=wilcoxon: decides between seeds and not during training: drop "
+                "evaluation.interim.n_points, or choose hydra/sweeper/pruner=median"
+            )
+        if not pruner.on_steps:
+            return fixed, pruner, []
+        objectives = [str(path) for path in composed.objectives]
+        if len(objectives) > 1 or settings.direction != ("maximize",) or not objectives[0].startswith(_PRUNABLE):
+            told = ", ".join(f"{way} {path}" for way, path in zip(settings.direction, objectives, strict=False))
+            line = f"no trial is pruned: interim values say little about: {told}"
+            return fixed, pruner_from({"_target_": "optuna.pruners.NopPruner"}, settings.replicates), [line]
+        if points:
+            return fixed, pruner, []
+        if any(word.lstrip("+").startswith("evaluation.interim.n_points=") for word in fixed):
+            raise UserError(
+                "evaluation.interim.n_points=0: the pruner would see nothing: drop it, or choose "
+                "hydra/sweeper/pruner=none"
+            )
+        return [*fixed, f"evaluation.interim.n_points={_POINTS}"], pruner, []
+
+    def _check(self, space: Space, fixed: Sequence[str], settings: SearchSettings) -> tuple[Experiment, dict[str, str]]:
+        """Pass every end of every parameter through the door; returns one of them, and all that is not searched."""
         from dppo import config
         from dppo.errors import UserError
         from dppo.results import check_objectives
+        from dppo.search.runner import say
+        from dppo.search.study import WORKER
 
-        for values in space.corners(_CHECKED):
+        for values in space.corners(1 if WORKER in os.environ else _CHECKED):
             words = [*fixed, *space.words(values)]
             try:
                 experiment = config.load(self._compose(words), words)
@@ -183,61 +337,165 @@ class OptunaSweeper(Sweeper):
                     else ""
                 )
                 raise UserError(f"search space ({' '.join(space.words(values))}): {error}{hint}") from None
+            if WORKER in os.environ:
+                break
+        check_objectives([bound.path for bound in settings.bounds])
         objectives = experiment.objectives
         if len(objectives) != len(settings.direction):
             raise UserError(
                 f"hydra.sweeper.direction={','.join(settings.direction)}: give one for each of objectives="
                 f"[{','.join(objectives)}], for instance hydra.sweeper.direction=[maximize,minimize]"
             )
-        if experiment.evaluation.split == "test":
+        if "seed" in space.names() and (settings.replicates > 1 or settings.test_seeds or settings.baselines):
+            raise UserError("seed: is searched, and replicates, baselines and test_seeds take seeds of their own")
+        if experiment.evaluation.split == "test" and WORKER not in os.environ:
             say("the best is chosen on test prompts: evaluation.split=validation keeps them for the result")
         plain = OmegaConf.to_container(self._compose(fixed), resolve=False)
         assert isinstance(plain, dict)
-        return {key: value for key, value in _flat(plain).items() if key.partition(".")[0] not in _PLACES}, objectives
+        kept = {key: value for key, value in _flat(plain).items() if not key.startswith(_NO_INFLUENCE)}
+        return experiment, kept
 
-    # --- one trial ---------------------------------------------------------------------------------------------------
-
-    def _run(self, study: Study, asked: Asked, objectives: Sequence[str]) -> None:
-        from dppo.artifacts.files import disk_errors
+    def _calibrated(self, space: Space, fixed: Sequence[str], directory: Path) -> tuple[Space, list[str]]:
+        """The space with alpha between .003/F and 10/F where it is calibrated, F the mean f(r) of the SFT model."""
         from dppo.errors import UserError
-        from dppo.results import command_line
+        from dppo.search.space import Space
+        from dppo.search.watch import CALIBRATION
 
-        assert self.launcher is not None
-        place = study.directory / str(asked.number)
-        with disk_errors(place):
-            place.mkdir()
-            (place / "command.txt").write_text(command_line(asked.words) + "\n", encoding="utf-8")
-        say(f"trial {asked.number} ({asked.index + 1} of {study.total}): {' '.join(study.space.words(asked.values))}")
-        try:
-            (job,) = self.launcher.launch([asked.words], initial_job_idx=asked.number)
+        at = next((place for place, one in enumerate(space.parameters) if one.calibrated), None)
+        if at is None:
+            return space, []
+        others = {one.name.partition(".")[0] for one in space.parameters} & {
+            "loss",
+            "loss/base",
+            "penalty",
+            "model",
+            "sft",
+            "dataset",
+        }
+        if others:
+            raise UserError(
+                f"alpha=calibrated: the scale of f(r) differs along {', '.join(sorted(others))}, searched as well; "
+                "give alpha a range, for instance 'alpha=tag(log, interval(1e-4,1))'"
+            )
+        words = [word for word in fixed if not word.startswith("evaluation.interim.")]
+        words += ["alpha=1.0"] if "alpha" in space.names() else []
+        words += ["zeta=0.5"] if "zeta" in space.names() else []
+        stored = directory / "calibration" / "strength.json"
+        if stored.exists():
+            found = json.loads(stored.read_text("utf-8"))
+        else:
+            assert self.launcher is not None
+            own = ["hydra.sweep.subdir='calibration'", f"+hydra.job.env_set.{CALIBRATION}=1"]
+            (job,) = self.launcher.launch([[*words, *own]], initial_job_idx=0)
             if job.status == JobStatus.FAILED:
                 raise job._return_value
-            returned = job.return_value
-            values = tuple(returned) if isinstance(returned, (tuple, list)) else (float(returned),)
-            if any(math.isnan(value) for value in values):
-                raise UserError(f"an objective is not a number: {', '.join(objectives)} = {values}")
-        except Exception as error:
-            reason = " ".join(f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{error}".split())
-            (place / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-            study.fail(asked, reason)
-            say(f"trial {asked.number} failed: {reason}")
-            study.refuse_too_many_failures(reason)
-            return
-        status = _status(place)
-        study.complete(asked, values, status)
-        shown = ", ".join(f"{path} {value:.6g}" for path, value in zip(objectives, values, strict=True))
-        say(f"trial {asked.number} {status}: {shown}")
+            found = json.loads(stored.read_text("utf-8"))
+        strength = float(found["mean"])
+        if strength <= 0:
+            raise UserError(
+                "alpha=calibrated: the SFT model ranks every pair right, f(r) is 0; give alpha a range, for instance "
+                "'alpha=tag(log, interval(1e-4,1))'"
+            )
+        low, high = (float(f"{bound / strength:.3g}") for bound in (0.003, 10.0))
+        parameters = list(space.parameters)
+        parameters[at] = dataclasses.replace(parameters[at], low=low, high=high)
+        line = (
+            f"alpha is searched from .003/F to 10/F: F = {strength:.4g} is the mean f(r) of the SFT model over "
+            f"{found['n_pairs']} training pairs, {found['open']:.0%} of them ranked wrongly"
+        )
+        return Space(tuple(parameters), space.when, space.fixed), [line]
+
+    def _enqueued(self, text: str, space: Space) -> Values:
+        """The values of a trial that the user gives."""
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        from dppo.errors import UserError
+
+        values: Values = {}
+        for one in OverridesParser.create().parse_overrides(text.split()):
+            known = {parameter.name: parameter for parameter in space.parameters}
+            name = str(one.key_or_group)
+            if name not in known:
+                raise UserError(f"hydra.sweeper.enqueue={text}: {name} is not searched; searched: {', '.join(known)}")
+            values[name] = known[name].read(one.value(), text)  # type: ignore[arg-type]
+        kept = space.keep(values)
+        lacking = [one.name for one in space.active(values) if one.name not in values]
+        surplus = [name for name in values if name not in kept]
+        if lacking or surplus:
+            what = f"lacks {', '.join(lacking)}" if lacking else f"{', '.join(surplus)} does not exist there"
+            raise UserError(f"hydra.sweeper.enqueue={text}: {what}")
+        return kept
+
+    def _baseline(self, text: str, fixed: Sequence[str]) -> tuple[str, list[str]]:
+        """The name and the words of a baseline: what every trial shares, without what the baseline does not use."""
+        from dppo import config
+        from dppo.errors import UserError
+
+        own = config.canonical(text.split())
+        keys = {word.lstrip("+~").partition("=")[0] for word in own}
+        groups = {key for key in keys if "." not in key}
+
+        def kept(word: str) -> bool:
+            key = word.lstrip("+~").partition("=")[0]
+            return not (key in keys or re.split(r"[./@]", key)[0] in groups or key.startswith("evaluation.interim."))
+
+        words = [*filter(kept, fixed), *own]
+        while True:
+            try:
+                config.load(self._compose(words), words)
+                return text, words
+            except config.Unused as error:
+                if error.word in own or error.word not in words:
+                    raise UserError(f"hydra.sweeper.baselines={text}: {error}") from None
+                words.remove(error.word)
+            except UserError as error:
+                raise UserError(f"hydra.sweeper.baselines={text}: {error}") from None
 
 
-def say(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
+def _is_searched(override: Override) -> bool:
+    return override.is_sweep_override() or (override.key_or_group == "alpha" and override.value() == _CALIBRATED)
 
 
-def _status(place: Path) -> str:
-    import json
+def _header(study: Study, sampler: Sampler) -> list[str]:
+    lines = [f"search {name}: {line}" for name, line in study.space.description().items()]
+    limit = sampler.limit(study.space)
+    if limit is not None and limit > study.settings.n_trials:
+        lines.append(
+            f"the grid holds {limit} combinations: the first hydra.sweeper.n_trials={study.settings.n_trials} are run"
+        )
+    return lines
 
-    return str(json.loads((place / "result.json").read_text("utf-8"))["status"])
+
+def _baseline_runs(study: Study, baselines: Sequence[tuple[str, list[str]]], seed: int) -> list[SideRun]:
+    from dppo.search.study import SideRun, folder
+
+    seeds = range(seed, seed + study.settings.replicates)
+    return [
+        SideRun(f"baselines/{folder(name)}/seed={own}", [*words, f"seed={own}"])
+        for name, words in baselines
+        for own in seeds
+    ]
+
+
+def _result_runs(study: Study, baselines: Sequence[tuple[str, list[str]]], seed: int) -> list[SideRun]:
+    """The best and the baselines on seeds that no trial had, scored on test prompts."""
+    from dppo.search import report
+    from dppo.search.study import SideRun, folder
+
+    first = seed + study.settings.replicates
+    winners = [(report.name_of(study, trial), study.words(trial)) for trial in report.shown_winners(study)]
+    runs = []
+    for name, words in [*winners, *baselines] if winners else []:
+        own = [
+            word
+            for word in words
+            if word.partition("=")[0] not in ("evaluation.split", "evaluation.interim.n_points", "seed")
+        ]
+        runs += [
+            SideRun(f"results/{folder(name)}/seed={fresh}", [*own, "evaluation.split=test", f"seed={fresh}"])
+            for fresh in range(first, first + study.settings.test_seeds)
+        ]
+    return runs
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
@@ -266,6 +524,8 @@ def _parameter(override: Override) -> Parameter:
     key = override.get_key_element()
     name = key.lstrip("+~")
     prefix = key[: len(key) - len(name)]
+    if override.value() == _CALIBRATED:
+        return Parameter(name, "float", low=1e-3, high=1.0, log=True, prefix=prefix, calibrated=True)
     sweep = override.value()
     tags: set[str] = getattr(sweep, "tags", set())
     log = "log" in tags

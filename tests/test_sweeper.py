@@ -21,7 +21,7 @@ import pytest
 import yaml
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dppo import pipeline
+from dppo import config, pipeline
 from dppo.config import CONF_DIR
 from dppo.errors import UserError
 from dppo.results import command_line
@@ -38,6 +38,10 @@ from tests.test_command_line import is_one_line, typed
 # The win rate of eight prompts hardly moves; this does.
 OBJECTIVE = ["objectives=[kl.nats_per_answer]", "hydra.sweeper.direction=minimize"]
 SEARCH = ["-m", "+sweep=alpha_zeta", *OBJECTIVE, "hydra.sweeper.sampler.n_startup_trials=2", "cache.dir=cache"]
+
+
+FIRST = {"y_gen": "generate"}
+FIXED = "alpha=tag(log, interval(1e-5, 1.0))"
 
 
 def load(folder: Path, name: str) -> optuna.Study:
@@ -67,7 +71,7 @@ def test_a_killed_search_ends_as_an_undisturbed_one(
     undisturbed = outcome(load(tmp_path, "alpha_zeta"))
     assert len({str(params) for params, _ in undisturbed}) == 5
     for stage in ("sft", "y_gen", "reference"):
-        assert whole.stdout.count(f"\nbuild {stage} ") == 1, f"{stage} is shared by all trials"
+        assert whole.stdout.count(f"; the first {FIRST.get(stage, stage)}") == 1, f"{stage} is shared by all trials"
 
     words = [*SEARCH, budget, "hydra.sweeper.study_name=other", "cache.dir=other", *small()]
     words.remove("cache.dir=cache")
@@ -187,7 +191,7 @@ def test_a_search_is_refused_in_one_line_before_its_first_trial(
 def test_an_existing_or_changed_study_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["-m", "+sweep=alpha_zeta", "penalty=linear", "hydra.sweeper.n_trials=1", *small()]
+    words = ["-m", "+sweep=alpha_zeta", "penalty=linear", FIXED, "hydra.sweeper.n_trials=1", *small()]
     assert typed(monkeypatch, tmp_path, *words) == 0
     (trial,) = load(tmp_path, "alpha_zeta").get_trials()
     assert set(trial.params) == {"alpha"}, "zeta shapes another penalty"
@@ -202,7 +206,7 @@ def test_an_existing_or_changed_study_is_refused(
     assert "study alpha_zeta exists in sqlite:///outputs/sweeps/alpha_zeta/study.db with 1 trials" in line
     assert "hydra.sweeper.resume=true" in line
     resume = "hydra.sweeper.resume=true"
-    line = refused(resume, "alpha=interval(0.5,1)")
+    line = refused(resume, "alpha=interval(0.5,1)", without=[FIXED])
     assert "alpha: tag(log, interval(1e-05,1)) -> interval(0.5,1)" in line
     line = refused(resume, "penalty=expectile", without=["penalty=linear"])
     assert "zeta: absent -> interval(0.05,0.95) when penalty in expectile" in line
@@ -219,14 +223,14 @@ def test_an_interrupted_search_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "run", interrupted)
-    assert typed(monkeypatch, tmp_path, "-m", "+sweep=alpha") == 130
+    assert typed(monkeypatch, tmp_path, "-m", "+sweep=alpha", FIXED) == 130
     assert "interrupted: the same command with hydra.sweeper.resume=true continues" in capfd.readouterr().err
     (trial,) = load(tmp_path, "alpha").get_trials()
     assert trial.state == TrialState.RUNNING
 
 
 def test_a_death_while_reclaiming_takes_no_index_twice(tmp_path: Path) -> None:
-    settings = SearchSettings(3, MAXIMIZE, "sqlite:///x", "x", settings_of("random"), {}, {}, 0.5, True)
+    settings = search_settings(n_trials=3, sampler=settings_of("random"))
     sampler = sampler_from(settings.sampler, MAXIMIZE)
     found = Study(optuna.create_study(direction="maximize"), settings, Space((ALPHA,), {}, {}), sampler, tmp_path, [])
     lost = [found.ask(), found.ask()]
@@ -234,7 +238,10 @@ def test_a_death_while_reclaiming_takes_no_index_twice(tmp_path: Path) -> None:
     for trial in found.study.get_trials(deepcopy=False):
         found._note(trial, {studies.OWNER: {**trial.user_attrs[studies.OWNER], "started": 0.0}})
     found._note(found.study.get_trials()[0], {studies.ABANDONED: True})  # as far as the dead one came
-    (again,) = [asked for _, asked in found.reclaim()]
+    reclaimed = found.reclaim()
+    assert reclaimed is not None
+    again = reclaimed[1]
+    assert found.reclaim() is None
     assert again.values == lost[1].values
     assert [trial.state for trial in found.study.get_trials()[:2]] == [TrialState.FAIL] * 2
     fresh = found.ask()
@@ -252,12 +259,12 @@ def test_other_applications_pay_nothing_for_the_plugin() -> None:
 
 def test_the_lost_are_reclaimed_and_the_living_are_not() -> None:
     own = studies._owner()
-    assert not studies._is_gone(own)
-    assert studies._is_gone({**own, "started": own["started"] - 100}), "the number belongs to another process now"
-    assert not studies._is_gone({**own, "pid": 2**22 + 1, "host": "another"}), "another machine can't be asked"
+    assert not studies.is_gone(own)
+    assert studies.is_gone({**own, "started": own["started"] - 100}), "the number belongs to another process now"
+    assert not studies.is_gone({**own, "pid": 2**22 + 1, "host": "another"}), "another machine can't be asked"
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
-    assert studies._is_gone({**own, "pid": child.pid, "host": socket.gethostname()})
+    assert studies.is_gone({**own, "pid": child.pid, "host": socket.gethostname()})
     assert own["pid"] == os.getpid()
 
 
@@ -268,6 +275,7 @@ STEPS = Parameter("train.steps", "int", low=2, high=8, step=3)
 LOSS = Parameter("loss", "choice", choices=("unll", "dpo"), texts=("unll", "dpo"))
 RATE = Parameter("rate", "float", low=0.1, high=0.4, step=0.1)
 CONDITIONAL = Space((ALPHA, LOSS, STEPS), {"alpha": {"loss": ("unll",)}}, {})
+OWN_KEYS = ("_target_", "_recursive_", "_convert_")
 MAXIMIZE: tuple[Direction, ...] = ("maximize",)
 
 
@@ -282,6 +290,15 @@ def search(sampler: Sampler, space: Space, n_trials: int) -> list[dict[str, Valu
         value = score if state == TrialState.COMPLETE else None
         trials.append(create_trial(state=state, params=dict(values), distributions=kept, value=value))
     return [dict(trial.params) for trial in trials]
+
+
+def search_settings(**given: Any) -> SearchSettings:
+    """The settings of conf/hydra/sweeper/optuna.yaml with some changed."""
+    found = yaml.safe_load((CONF_DIR / "hydra" / "sweeper" / "optuna.yaml").read_text())
+    plain = {key: value for key, value in found.items() if key not in ("defaults", *OWN_KEYS)}
+    plain |= {"direction": ["maximize"], "sampler": settings_of("tpe"), "pruner": {}, "storage": "sqlite:///x"}
+    built: SearchSettings = config.typed(SearchSettings, plain | given, "hydra.sweeper")
+    return built
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -336,8 +353,7 @@ def test_a_space_in_words() -> None:
 
 def test_the_report_names_the_best_the_boundary_and_what_mattered(tmp_path: Path) -> None:
     zeta = Parameter("zeta", "float", low=0.0, high=1.0)
-    params = dict.fromkeys(("alpha", "zeta"), "")
-    settings = SearchSettings(24, MAXIMIZE, "sqlite:///x", "x", settings_of("qmc"), params, {}, 0.5, False)
+    settings = search_settings(n_trials=24, sampler=settings_of("qmc"))
     sampler = sampler_from(settings.sampler, MAXIMIZE)
     found = Study(
         optuna.create_study(direction="maximize"), settings, Space((ALPHA, zeta), {}, {}), sampler, tmp_path, []

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +34,7 @@ class Proposal:
 
     values: Values
     attributes: Mapping[str, Any]
+    distributions: Mapping[str, Any] = field(default_factory=dict)  # of values that are not in the space
 
 
 class Sampler(Protocol):
@@ -81,12 +83,50 @@ class Sobol:
 
 
 @dataclass(frozen=True)
+class Stratified:
+    """An equal share of the trials for every value of some choices; ``within`` searches the rest, for each alone."""
+
+    names: tuple[str, ...]
+    within: Sampler
+
+    def limit(self, space: Space) -> int | None:
+        return None
+
+    def strata(self, space: Space) -> list[Values]:
+        """The combinations of the choices, in the order in which they take turns."""
+        chosen = [one for one in space.parameters if one.name in self.names]
+        return [
+            dict(zip(self.names, values, strict=True))
+            for values in itertools.product(*(next(p for p in chosen if p.name == name).choices for name in self.names))
+        ]
+
+    def propose(
+        self, space: Space, index: int, before: Sequence[FrozenTrial], directions: Sequence[Direction]
+    ) -> Proposal:
+        strata = self.strata(space)
+        own = strata[index % len(strata)]
+        texts = {one.name: one.word(own[one.name]).partition("=")[2] for one in space.parameters if one.name in own}
+        inner = Space(
+            tuple(one for one in space.parameters if one.name not in own), space.when, {**space.fixed, **texts}
+        )
+        if not inner.active({}):
+            return Proposal(own, {})
+        alike = [trial for trial in before if all(trial.params.get(name) == value for name, value in own.items())]
+        found = self.within.propose(inner, index // len(strata), alike, directions)
+        return replace(found, values=space.keep({**own, **found.values}))
+
+
+@dataclass(frozen=True)
 class FromOptuna:
-    """A sampler of Optuna's: its class, its arguments without the seed, and the search's seed."""
+    """A sampler of Optuna's: its class, its arguments without the seed, and the search's seed.
+
+    ``more`` may suggest further parameters of a trial, beside those of the space.
+    """
 
     cls: type[optuna.samplers.BaseSampler]
     arguments: Mapping[str, Any]
     seed: int
+    more: Callable[[optuna.Trial], None] | None = None
 
     def limit(self, space: Space) -> int | None:
         return None
@@ -105,8 +145,13 @@ class FromOptuna:
             for one in space.ordered():
                 if one in space.active(values):
                     values[one.name] = one.suggest(trial)
+            if self.more is not None:
+                self.more(trial)
+        frozen = study.get_trials(deepcopy=False)[-1]
+        more = {name: value for name, value in frozen.params.items() if name not in space.names()}
+        distributions = {name: frozen.distributions[name] for name in more}
         # CMA-ES keeps its state with its trials.
-        return Proposal(space.keep(values), study.get_trials(deepcopy=False)[-1].system_attrs)
+        return Proposal({**space.keep(values), **more}, frozen.system_attrs, distributions)
 
     def build(self, index: int) -> optuna.samplers.BaseSampler:
         """The sampler for one trial."""
@@ -133,6 +178,7 @@ def _finite(trials: Sequence[FrozenTrial], n_objectives: int) -> list[FrozenTria
             distributions=trial.distributions,
             values=trial.values
             and [min(max(value, low), high) for value, (low, high) in zip(trial.values, bounds, strict=True)],
+            intermediate_values=trial.intermediate_values if n_objectives == 1 else {},
             system_attrs=trial.system_attrs,
         )
         for trial in trials

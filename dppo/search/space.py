@@ -35,6 +35,7 @@ class Parameter:
     choices: tuple[Value, ...] = ()
     texts: tuple[str, ...] = ()
     prefix: str = ""
+    calibrated: bool = False  # the bounds come from the penalty's strength under the SFT model
 
     def __post_init__(self) -> None:
         if self.kind == "choice":
@@ -85,6 +86,20 @@ class Parameter:
         """``value`` as an override."""
         text = self.texts[self.choices.index(value)] if self.kind == "choice" else repr(value)
         return f"{self.prefix}{self.name}={text}"
+
+    def read(self, value: Value, where: str) -> Value:
+        """A value that a user gives; raises UserError if it is outside."""
+        if self.kind == "choice":
+            inside = value in self.choices
+        else:
+            value = float(value) if self.kind == "float" and isinstance(value, int) else value
+            inside = type(value) is {"float": float, "int": int}[self.kind] and self.low <= value <= self.high  # type: ignore[operator]
+        if not inside:
+            raise UserError(
+                f"hydra.sweeper.enqueue={where}: {self.name}={value} is outside {self.describe()}; widen the range, or "
+                "give it as one of hydra.sweeper.baselines"
+            )
+        return value
 
     def tidy(self, value: Value) -> Value:
         """``value`` with six digits (twelve on a range), so that a command line can be read and pasted."""

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import secrets
+import shlex
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dppo.artifacts.locks import hold
 from dppo.errors import UserError
 from dppo.results import command_line
-from dppo.search.samplers import Sampler
+from dppo.search.samplers import Proposal, Sampler
 from dppo.search.settings import SearchSettings
 from dppo.search.space import Space, Values
 
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 # Attributes of a study and of its trials.
-_RECORD = "dppo"
+_RECORD, _SIDE = "dppo", "side:"
 INDEX, OWNER, COMMAND, ERROR, STATUS, ABANDONED = "index", "owner", "command", "error", "status", "abandoned"
+SEEDS, INTERVALS, WHY, INSTANCES, DEATHS = "seeds", "intervals", "why", "instances", "deaths"
+WORKER = "DPPO_WORKER"  # the variable that holds a worker process's number
+# A trial whose process was killed this often is not tried again.
+_MOST_DEATHS = 3
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,21 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class SideRun:
+    """A run of the study that is not a trial: ``key`` is its place in the study's directory."""
+
+    key: str
+    words: list[str]
+    place: int = 0
+
+    @property
+    def title(self) -> str:
+        """Such as ``baseline loss=dpo, seed 0``."""
+        part, name, seed = self.key.split("/")
+        return f"{part.removesuffix('s')} {name.replace(',', ' ')}, {seed.replace('=', ' ')}"
+
+
+@dataclass(frozen=True)
 class Study:
     """One study of Optuna's in ``directory``; ``fixed`` are the words that every trial shares."""
 
@@ -49,6 +69,7 @@ class Study:
     sampler: Sampler
     directory: Path
     fixed: Sequence[str]
+    enqueued: Sequence[Values] = ()
 
     @property
     def total(self) -> int:
@@ -59,9 +80,7 @@ class Study:
     def trials(self) -> list[FrozenTrial]:
         """The trials that count, by index; an abandoned one does not, another one has its index."""
         with storage_errors(self.settings.storage):
-            found = self.study.get_trials(deepcopy=False)
-        counting = [trial for trial in found if INDEX in trial.user_attrs and ABANDONED not in trial.user_attrs]
-        return sorted(counting, key=lambda trial: int(trial.user_attrs[INDEX]))
+            return counting(self.study)
 
     def ask(self) -> Asked | None:
         """Store the next trial as running and return it; None if all there will be have been begun."""
@@ -72,12 +91,15 @@ class Study:
             if index >= self.total:
                 return None
             before = [trial for trial in counting if int(trial.user_attrs[INDEX]) < index]
-            proposal = self.sampler.propose(self.space, index, before, self.settings.direction)
+            proposal = self._enqueued(index) or self.sampler.propose(self.space, index, before, self.settings.direction)
             with storage_errors(self.settings.storage):
-                return self._begin(index, proposal.values, proposal.attributes)
+                return self._begin(index, proposal)
 
-    def reclaim(self) -> Iterator[tuple[FrozenTrial, Asked]]:
-        """Begin again, one after the other, the running trials whose process is gone."""
+    def _enqueued(self, index: int) -> Proposal | None:
+        return Proposal(self.enqueued[index], {}) if index < len(self.enqueued) else None
+
+    def reclaim(self) -> tuple[FrozenTrial, Asked] | None:
+        """Begin a running trial again whose process is gone; None if there is none."""
         from optuna.trial import TrialState
 
         while True:
@@ -85,43 +107,126 @@ class Study:
                 running = [
                     trial for trial in self.study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING
                 ]
-                lost = next((trial for trial in running if _is_gone(trial.user_attrs[OWNER])), None)
+                lost = next((trial for trial in running if is_gone(trial.user_attrs[OWNER])), None)
                 if lost is None:
-                    return
+                    return None
+                deaths = int(lost.user_attrs.get(DEATHS, 0))
+                if deaths >= _MOST_DEATHS:
+                    reason = f"its process was killed {deaths} times, perhaps for want of memory"
+                    self._note(lost, {ERROR: reason})
+                    self.study.tell(lost.number, state=TrialState.FAIL)
+                    continue
                 # First out of the count: whoever dies here leaves an index that is free, never one that is taken twice.
                 known = ABANDONED in lost.user_attrs
                 self._note(lost, {ABANDONED: True})
                 self.study.tell(lost.number, state=TrialState.FAIL)
                 if known:
                     continue
-                again = self._begin(int(lost.user_attrs[INDEX]), lost.params, lost.system_attrs)
-            yield lost, again
+                attributes = {key: value for key, value in lost.system_attrs.items() if not _is_of_the_run(key)}
+                proposal = Proposal(lost.params, attributes, lost.distributions)
+                return lost, self._begin(int(lost.user_attrs[INDEX]), proposal, deaths)
 
-    def _begin(self, index: int, values: Mapping[str, Any], attributes: Mapping[str, Any]) -> Asked:
+    def count_death(self, pid: int) -> None:
+        """Note with the running trial of a worker process that something killed it."""
+        from optuna.trial import TrialState
+
+        with hold(self.directory / ".study.lock", "the study"), storage_errors(self.settings.storage):
+            for trial in self.study.get_trials(deepcopy=False):
+                if trial.state == TrialState.RUNNING and trial.user_attrs[OWNER]["pid"] == pid:
+                    self._note(trial, {DEATHS: int(trial.user_attrs.get(DEATHS, 0)) + 1})
+
+    def _begin(self, index: int, proposal: Proposal, deaths: int = 0) -> Asked:
         from optuna.trial import TrialState, create_trial
 
+        values = proposal.values
         words = [*self.fixed, *self.space.words(values)]
+        words += [f"{name}={value}" for name, value in values.items() if name not in self.space.names()]
         owner = _owner()
-        kept = {one.name: one.distribution() for one in self.space.parameters if one.name in values}
+        known = {one.name: one.distribution() for one in self.space.parameters}
         self.study.add_trial(
             create_trial(
                 state=TrialState.RUNNING,
                 params=dict(values),
-                distributions=kept,
-                user_attrs={INDEX: index, OWNER: owner, COMMAND: command_line(words)},
-                system_attrs=dict(attributes),
+                distributions={name: {**proposal.distributions, **known}[name] for name in values},
+                user_attrs={INDEX: index, OWNER: owner, COMMAND: command_line(words), DEATHS: deaths},
+                system_attrs=dict(proposal.attributes),
             )
         )
         (mine,) = [trial for trial in self.study.get_trials(deepcopy=False) if trial.user_attrs.get(OWNER) == owner]
         return Asked(mine.number, index, dict(values), words)
 
-    def complete(self, asked: Asked, values: Sequence[float], status: str) -> None:
-        """Store the values of a trial; ``status`` is complete or diverged."""
+    def complete(
+        self,
+        asked: Asked,
+        values: Sequence[float],
+        status: str,
+        *,
+        intervals: Sequence[Sequence[float]] = (),
+        excess: Mapping[str, float] | None = None,
+    ) -> None:
+        """Store the values of a trial; ``status`` is complete or diverged, ``excess`` above 0 violates a constraint."""
+        import optuna
         from optuna.trial import TrialState
 
         with storage_errors(self.settings.storage):
-            self._note(self._frozen(asked), {STATUS: status})
+            trial = self._frozen(asked)
+            self._note(trial, {STATUS: status, INTERVALS: [list(bounds) for bounds in intervals]})
+            live = optuna.Trial(self.study, trial._trial_id)
+            # A diverged trial violates a constraint of its own, so that samplers that know constraints keep away.
+            for name, amount in {"diverged": float(status == "diverged"), **(excess or {})}.items():
+                live.set_constraint(name, min(amount, 1e9))
             self.study.tell(asked.number, list(values), state=TrialState.COMPLETE)
+
+    def prune(self, asked: Asked, reason: str) -> None:
+        """Store that a trial was ended early, and why."""
+        from optuna.trial import TrialState
+
+        with storage_errors(self.settings.storage):
+            self._note(self._frozen(asked), {WHY: reason, STATUS: "pruned"})
+            self.study.tell(asked.number, state=TrialState.PRUNED)
+
+    def note(self, asked: Asked, attributes: Mapping[str, Any]) -> None:
+        """Store attributes of a running trial."""
+        with storage_errors(self.settings.storage):
+            self._note(self._frozen(asked), attributes)
+
+    def words(self, trial: FrozenTrial) -> list[str]:
+        """The overrides of a trial."""
+        return shlex.split(str(trial.user_attrs[COMMAND]))[3:]
+
+    # --- runs that are not trials ------------------------------------------------------------------------------------
+
+    def plan(self, runs: Sequence[SideRun]) -> None:
+        """Have these runs made, each once, by whoever asks for one; those that are known stay as they are."""
+        with hold(self.directory / ".study.lock", "the study"), storage_errors(self.settings.storage):
+            known = self.side_runs()
+            for place, run in enumerate((one for one in runs if one.key not in known), start=len(known)):
+                self._store_side(run.key, {"words": run.words, "state": "planned", "place": place})
+
+    def side_runs(self) -> dict[str, dict[str, Any]]:
+        """What is known of each planned run, by its key and in order: words, state, values or reason."""
+        with storage_errors(self.settings.storage):
+            found = [(key, value) for key, value in self.study.user_attrs.items() if key.startswith(_SIDE)]
+        found.sort(key=lambda pair: int(pair[1]["place"]))
+        return {key.removeprefix(_SIDE): value for key, value in found}
+
+    def take_side_run(self) -> SideRun | None:
+        """A planned run that nobody has begun, or whose process is gone."""
+        with hold(self.directory / ".study.lock", "the study"):
+            for key, known in self.side_runs().items():
+                abandoned = known["state"] == "running" and is_gone(known["owner"])
+                if known["state"] == "planned" or abandoned:
+                    self._store_side(key, {**known, "state": "running", "owner": _owner()})
+                    return SideRun(key, known["words"], int(known["place"]))
+        return None
+
+    def end_side_run(self, run: SideRun, **outcome: Any) -> None:
+        """Store how it ended: ``state`` complete, diverged or failed, with ``values`` or a ``reason``."""
+        self._store_side(run.key, {"words": run.words, "place": run.place, **outcome})
+
+    def _store_side(self, key: str, known: Mapping[str, Any]) -> None:
+        with storage_errors(self.settings.storage):
+            self.study.set_user_attr(f"{_SIDE}{key}", dict(known))
 
     def fail(self, asked: Asked, reason: str) -> None:
         """Store that a trial failed, and why."""
@@ -152,42 +257,42 @@ class Study:
             live.set_user_attr(key, value)
 
 
-def open_study(
-    settings: SearchSettings,
-    space: Space,
-    sampler: Sampler,
-    directory: Path,
-    fixed: Sequence[str],
-    configuration: Mapping[str, str],
-) -> Study:
-    """Create the study, or go on with it if ``settings.resume``.
+def counting(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials of a study that count, by index."""
+    found = study.get_trials(deepcopy=False)
+    kept = [trial for trial in found if INDEX in trial.user_attrs and ABANDONED not in trial.user_attrs]
+    return sorted(kept, key=lambda trial: int(trial.user_attrs[INDEX]))
 
-    ``configuration`` is everything that is not searched, flat. Raises UserError if the study exists and is not to be
-    resumed, if it was made for something else, or if trials of another study lie in ``directory``.
+
+def folder(name: str) -> str:
+    """A configuration's words as the name of a directory."""
+    return name.replace("/", ".").replace(" ", ",")
+
+
+def _is_of_the_run(key: str) -> bool:
+    """Whether a system attribute came from running a trial and not from proposing it."""
+    return key.startswith(("completed_rung", "constraints"))
+
+
+def reach(settings: SearchSettings, directory: Path) -> optuna.storages.BaseStorage:
+    """Open the storage.
+
+    Raises UserError if it can't be used, if the study exists and is not to be resumed, or if trials of another study
+    lie in ``directory``: before anything is computed.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    record = {
-        "space": space.description(),
-        "objectives": {"direction": ", ".join(settings.direction)},
-        "configuration": dict(configuration),
-    }
     with storage_errors(settings.storage), hold(directory / ".study.lock", "the study"):
-        storage = _open_storage(settings.storage)
-        names = optuna.get_all_study_names(storage)
-        if settings.study_name in names:
-            # A study is a name and its trials: which sampler it has while it is told values makes no difference.
-            study = optuna.load_study(
-                study_name=settings.study_name, storage=storage, sampler=optuna.samplers.RandomSampler()
-            )
+        storage = open_storage(settings.storage)
+        if settings.study_name in optuna.get_all_study_names(storage):
             if not settings.resume:
+                n_trials = len(storage.get_all_trials(storage.get_study_id_from_name(settings.study_name)))
                 raise UserError(
                     f"study {settings.study_name} exists in {shown(settings.storage)} with "
-                    f"{len(study.get_trials(deepcopy=False))} trials: add hydra.sweeper.resume=true to go on with it, "
+                    f"{n_trials} trials: add hydra.sweeper.resume=true to go on with it, "
                     "or give another name, hydra.sweeper.study_name=..."
                 )
-            _refuse_changes(study, record)
         else:
             taken = sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name.isdigit())
             if taken:
@@ -195,6 +300,44 @@ def open_study(
                     f"{directory / taken[0]}: belongs to a sweep whose study is not in {shown(settings.storage)}; "
                     "move it away, or give another name, hydra.sweeper.study_name=..."
                 )
+    return storage
+
+
+def open_study(
+    storage: optuna.storages.BaseStorage,
+    settings: SearchSettings,
+    space: Space,
+    sampler: Sampler,
+    directory: Path,
+    fixed: Sequence[str],
+    configuration: Mapping[str, str],
+    enqueued: Sequence[Values] = (),
+) -> Study:
+    """Create the study in a storage that ``reach`` gave, or go on with it.
+
+    ``configuration`` is everything that is not searched, flat. Raises UserError if the study was made for something
+    else.
+    """
+    import optuna
+
+    record = {
+        "space": space.description(),
+        "objectives": {
+            "direction": ", ".join(settings.direction),
+            "replicates": str(settings.replicates),
+            "value": settings.value,
+            "constraints": ", ".join(settings.constraints),
+        },
+        "configuration": dict(configuration),
+    }
+    with storage_errors(settings.storage), hold(directory / ".study.lock", "the study"):
+        if settings.study_name in optuna.get_all_study_names(storage):
+            # A study is a name and its trials: which sampler it has while it is told values makes no difference.
+            study = optuna.load_study(
+                study_name=settings.study_name, storage=storage, sampler=optuna.samplers.RandomSampler()
+            )
+            _refuse_changes(study, record)
+        else:
             study = optuna.create_study(
                 study_name=settings.study_name,
                 storage=storage,
@@ -202,7 +345,7 @@ def open_study(
                 sampler=optuna.samplers.RandomSampler(),
             )
             study.set_user_attr(_RECORD, json.dumps(record))
-    return Study(study, settings, space, sampler, directory, fixed)
+    return Study(study, settings, space, sampler, directory, fixed, enqueued)
 
 
 def _refuse_changes(study: optuna.Study, record: Mapping[str, Mapping[str, str]]) -> None:
@@ -213,7 +356,7 @@ def _refuse_changes(study: optuna.Study, record: Mapping[str, Mapping[str, str]]
         )
     changes = []
     for part, now in record.items():
-        before = stored[part]
+        before = stored.get(part, {})
         for key in dict.fromkeys([*before, *now]):
             if before.get(key) != now.get(key):
                 changes.append(f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}")
@@ -228,7 +371,8 @@ def _refuse_changes(study: optuna.Study, record: Mapping[str, Mapping[str, str]]
 # --- storage ---------------------------------------------------------------------------------------------------------
 
 
-def _open_storage(url: str) -> optuna.storages.BaseStorage:
+def open_storage(url: str) -> optuna.storages.BaseStorage:
+    """The storage of a URL. Raises UserError for one that can't be meant, and what the storage itself raises."""
     import optuna
 
     scheme, separator, rest = url.partition("://")
@@ -238,11 +382,21 @@ def _open_storage(url: str) -> optuna.storages.BaseStorage:
         from optuna.storages.journal import JournalFileBackend
 
         return optuna.storages.JournalStorage(JournalFileBackend(rest.removeprefix("/")))
+    if scheme == "grpc":
+        host, _, port = rest.rstrip("/").rpartition(":")
+        if not host or not port.isdigit():
+            raise UserError(f"hydra.sweeper.storage={url}: must be grpc://host:port")
+        return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
     known = ("sqlite", "postgresql", "mysql")
     if scheme.partition("+")[0] not in known:
-        near = difflib.get_close_matches(scheme, [*known, "journal"], n=1)
+        near = difflib.get_close_matches(scheme, [*known, "journal", "grpc"], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(f"hydra.sweeper.storage={shown(url)}: must begin with sqlite:/// or journal:///.{hint}")
+    if scheme.startswith("sqlite"):
+        # Several workers write: each waits for its turn.
+        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+    if scheme == "postgresql":
+        url = f"postgresql+psycopg://{rest}"
     return optuna.storages.RDBStorage(url)
 
 
@@ -283,6 +437,7 @@ def _owner() -> dict[str, Any]:
         "pid": os.getpid(),
         "started": _started(os.getpid()),
         "host": socket.gethostname(),
+        "worker": os.environ.get(WORKER, ""),
         "token": secrets.token_hex(8),
     }
 
@@ -297,7 +452,7 @@ def _started(pid: int) -> float | None:
         return None
 
 
-def _is_gone(owner: Mapping[str, Any]) -> bool:
+def is_gone(owner: Mapping[str, Any]) -> bool:
     """Whether the process that ran a trial has ended; one of another machine never counts as ended."""
     if owner["host"] != socket.gethostname():
         return False

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from dppo.artifacts import Build, Slot
 from dppo.config import Phase
-from dppo.loop import Metrics, ReferenceLogps
-from dppo.stages.training import METRICS, continued_policy, read_metrics, run_training, save_policy
+from dppo.errors import Pruned
+from dppo.loop import Interim, Metrics, ReferenceLogps
+from dppo.stages.training import METRICS, continued_policy, read_metrics, replay, run_training, save_policy
 from dppo.types import Artifact, EncodedExample, Json
 
 if TYPE_CHECKING:
@@ -21,15 +22,20 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Trained:
-    """A policy, or the record of a run that diverged and left none."""
+    """A policy, or the record of a run that diverged or was pruned and left none.
 
-    artifact: Artifact
+    ``outcome`` is that of the loop, with ``status`` complete or diverged; a pruned one has ``status``, ``reason`` and
+    ``steps`` alone.
+    """
+
+    policy: Artifact | None
+    reused: bool
     outcome: dict[str, Any]
     metrics: list[Metrics]
 
     @property
-    def diverged(self) -> bool:
-        return bool(self.outcome["status"] == "diverged")
+    def status(self) -> str:
+        return str(self.outcome["status"])
 
 
 def preference_slot(
@@ -65,8 +71,12 @@ def preference(
     reference: ReferenceLogps | None,
     parents: Sequence[str],
     encoder: ChatEncoder,
+    interim: Interim | None = None,
 ) -> Trained:
-    """Train ``phase.loss`` from the model ``start``; ``parents`` are the stores that the examples came from."""
+    """Train ``phase.loss`` from the model ``start``; ``parents`` are the stores that the examples came from.
+
+    A run that is found in the cache tells its interim values again, and is pruned as it would be while it runs.
+    """
     train = phase.train
     slot = preference_slot(bench, phase, start.fingerprint, parents, data=data, seed=seed)
 
@@ -82,6 +92,7 @@ def preference(
             started=started,
             held_out=held_out,
             reference=reference,
+            interim=interim,
             title=name,
         )
         if bench.is_main:
@@ -89,9 +100,17 @@ def preference(
                 save_policy(policy, encoder, started.directory, base=start, bench=bench)
             started.extra["outcome"] = outcome.to_json()
 
-    artifact = bench.artifact("preference", slot, f"{name}: {phase.loss.name}, seed {seed}", build)
-    outcome = _outcome(slot)
-    return Trained(artifact, outcome, read_metrics(slot.path / METRICS))
+    try:
+        artifact = bench.artifact("preference", slot, f"{name}: {phase.loss.name}, seed {seed}", build)
+        outcome, metrics = _outcome(slot), read_metrics(slot.path / METRICS)
+        if artifact.reused:
+            replay(bench, metrics, interim)
+    except Pruned as stop:
+        bench.say(f"  {name}: pruned, {stop}")
+        metrics = read_metrics((slot.path if slot.complete() else slot.work) / METRICS)
+        steps = max((int(row["step"]) for row in metrics), default=0)
+        return Trained(None, slot.complete(), {"status": "pruned", "reason": str(stop), "steps": steps}, metrics)
+    return Trained(artifact if outcome["status"] == "complete" else None, artifact.reused, outcome, metrics)
 
 
 def _outcome(slot: Slot) -> dict[str, Any]:

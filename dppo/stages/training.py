@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 from dppo import startup
 from dppo.artifacts import Build
 from dppo.config import LoraSettings, TrainSettings
-from dppo.errors import UserError
-from dppo.loop import Metrics, Outcome, ReferenceLogps, checkpoint_step, train
+from dppo.errors import Pruned, UserError
+from dppo.loop import INTERIM, Interim, Metrics, Outcome, ReferenceLogps, broadcast, checkpoint_step, train
 from dppo.types import Artifact, EncodedExample, Objective
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ def run_training(
     title: str,
     held_out: Sequence[EncodedExample] = (),
     reference: ReferenceLogps | None = None,
+    interim: Interim | None = None,
 ) -> Outcome:
     """Run the loop with its checkpoints and metrics in the stage's work directory; metrics end in the artifact."""
     journal = started.work / METRICS
@@ -183,6 +184,7 @@ def run_training(
     rows = [row for row in read_metrics(journal) if row["step"] <= done]
     if bench.is_main:
         _write_rows(journal, rows)
+    replay(bench, rows, interim)
 
     def log(row: Metrics) -> None:
         with journal.open("a", encoding="utf-8") as file:
@@ -199,11 +201,23 @@ def run_training(
         checkpoints=started.work,
         reference=reference,
         held_out=held_out,
+        interim=interim,
         title=title,
     )
     if bench.is_main:
         _write_rows(started.directory / METRICS, read_metrics(journal))
     return outcome
+
+
+def replay(bench: Workbench, rows: Sequence[Metrics], interim: Interim | None) -> None:
+    """Tell the verdict what was measured before this process began; raises ``Pruned`` where it says so."""
+    pruned: str | None = None
+    if interim is not None and bench.is_main:
+        measured = (row for row in rows if INTERIM in row)
+        pruned = next((reason for row in measured if (reason := interim.verdict(row)) is not None), None)
+    (pruned,) = broadcast(bench.accelerator, [pruned])
+    if pruned:
+        raise Pruned(pruned)
 
 
 def read_metrics(path: Path) -> list[Metrics]:

@@ -1,0 +1,78 @@
+"""A trial that is being run: its interim values go to the study, and its pruner may end it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dppo.search.pruners import Pruner, pruner_from
+from dppo.search.study import INDEX, counting, open_storage, shown
+
+if TYPE_CHECKING:
+    import optuna
+
+_log = logging.getLogger("dppo")
+TRIAL = "DPPO_TRIAL"  # the variable that holds the number of the trial to which a job belongs
+CALIBRATION = "DPPO_CALIBRATION"  # set: the job only measures the strength of its penalty
+
+
+@dataclass
+class Watch:
+    """Says of interim rows whether the trial is to end; a storage that fails leaves it running."""
+
+    study: optuna.Study
+    number: int
+    pruner: Pruner
+    url: str
+    lost: bool = False
+
+    def __call__(self, row: Mapping[str, float | int]) -> str | None:
+        if self.lost:
+            return None
+        try:
+            return self._judge(round(row["interim/percent"]), float(row["interim/value"]))
+        except Exception as error:  # of a database, its driver, the network or the disk
+            self.lost = True
+            _log.warning(
+                "warning: hydra.sweeper.storage=%s: %s; this trial can't be pruned",
+                shown(self.url),
+                (str(error).splitlines() or [type(error).__name__])[0],
+            )
+            return None
+
+    def _judge(self, percent: int, value: float) -> str | None:
+        import optuna
+
+        trials = counting(self.study)
+        place = next(at for at, trial in enumerate(trials) if trial.number == self.number)
+        live = optuna.Trial(self.study, trials[place]._trial_id)
+        live.report(value, percent)
+        values = {at: trial.intermediate_values for at, trial in enumerate(trials)}
+        values[place] = {**trials[place].intermediate_values, percent: value}
+        ends, attributes = self.pruner.judge(trials, place, values)
+        for key, found in attributes.items():
+            self.study._storage.set_trial_system_attr(trials[place]._trial_id, key, found)
+        if not ends:
+            return None
+        others = [
+            own[percent]
+            for at, own in values.items()
+            if percent in own and at != place and trials[at].user_attrs[INDEX] != trials[place].user_attrs[INDEX]
+        ]
+        beside = f"; the median of {len(others)} trials is {sorted(others)[len(others) // 2]:.3f}" if others else ""
+        return f"{value:.3f} after {percent} % of training{beside} ({self.pruner.name} pruner)"
+
+
+def watch(settings: Mapping[str, Any], number: int) -> Callable[[Mapping[str, float | int]], str | None]:
+    """The watch over trial ``number`` of the study that ``hydra.sweeper`` describes."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.load_study(
+        study_name=settings["study_name"],
+        storage=open_storage(settings["storage"]),
+        sampler=optuna.samplers.RandomSampler(),
+    )
+    return Watch(study, number, pruner_from(settings["pruner"], int(settings["replicates"])), settings["storage"])

@@ -1,0 +1,140 @@
+"""Several processes that pull from one study, each with its share of the machine; none waits for another.
+
+A worker is the same command line again: it asks the study for something to run until nothing is left. Workers log to
+``workers/<number>.log`` in the study's directory; what they say of trials is shown as they say it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from dppo.errors import UserError
+from dppo.search.study import WORKER
+
+_SHOWN = ("trial ", "baseline ", "result ", "warning", "error")
+# A worker that ends like this often without having been killed is not started again.
+_MOST_STARTS = 3
+
+
+def shares(n_jobs: int) -> list[dict[str, str]]:
+    """The environment of each worker: its own GPU where there are any, else its share of the cores."""
+    devices = gpus()
+    if devices:
+        return [{"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} for place in range(n_jobs)]
+    threads = max(1, len(os.sched_getaffinity(0)) // n_jobs) if hasattr(os, "sched_getaffinity") else 1
+    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))} for _ in range(n_jobs)]
+
+
+def gpus() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [word.strip() for word in named.split(",") if word.strip() not in ("", "-1")]
+    import torch
+
+    return [str(place) for place in range(torch.cuda.device_count())]
+
+
+@dataclass
+class _Worker:
+    number: int
+    process: subprocess.Popen[str]
+    reader: threading.Thread
+
+
+def run_workers(
+    n_jobs: int, directory: Path, died: Callable[[int], None], left: Callable[[], bool], arguments: Sequence[str]
+) -> None:
+    """Start the workers and wait until they have nothing to do; one that is killed is replaced while work is ``left``.
+
+    ``died`` is told the process id of a killed one. Raises KeyboardInterrupt when they were stopped, and UserError
+    when a worker fails, after the others have ended.
+    """
+    environments = shares(n_jobs)
+    (directory / "workers").mkdir(parents=True, exist_ok=True)
+    failed: list[str] = []
+    starts = [0] * n_jobs
+    running: dict[int, _Worker] = {}
+    stopped = False
+
+    def start(number: int) -> None:
+        starts[number] += 1
+        running[number] = _start(number, directory, environments[number], arguments)
+
+    def forward(signum: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+        for worker in running.values():
+            worker.process.send_signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in range(n_jobs):
+            start(number)
+        while running:
+            for number, worker in list(running.items()):
+                try:
+                    status = worker.process.wait(timeout=0.1)
+                except subprocess.TimeoutExpired:
+                    continue
+                worker.reader.join()
+                del running[number]
+                if status < 0 and not stopped:
+                    print(f"worker {number} was killed by signal {-status}", flush=True)
+                    died(worker.process.pid)
+                    if left() and starts[number] < _MOST_STARTS * 3:
+                        start(number)
+                elif status not in (0, 130) and not stopped:
+                    failed.append(f"worker {number} ended with status {status}")
+    finally:
+        for number_, handler in previous.items():
+            signal.signal(number_, handler)
+    if stopped:
+        raise KeyboardInterrupt
+    if failed:
+        raise UserError(f"{failed[0]}; see {directory / 'workers'}")
+
+
+def _start(number: int, directory: Path, environment: dict[str, str], arguments: Sequence[str]) -> _Worker:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dppo", *arguments],
+        env={**os.environ, **environment, WORKER: str(number), "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.PIPE,  # its end tells the worker that this process is gone
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C reaches this process, which tells the workers once
+    )
+    assert process.stdout is not None
+    log = directory / "workers" / f"{number}.log"
+    reader = threading.Thread(target=_read, args=(process.stdout, log, number), daemon=True)
+    reader.start()
+    return _Worker(number, process, reader)
+
+
+def _read(output: IO[str], log: Path, number: int) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        for line in output:
+            file.write(line)
+            file.flush()
+            if line.startswith(_SHOWN):
+                print(f"[worker {number}] {line}", end="", flush=True)
+
+
+def end_with_parent() -> None:
+    """In a worker: stop as after SIGTERM when the process that started it is gone."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()

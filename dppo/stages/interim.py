@@ -1,0 +1,67 @@
+"""The win rate of a model that is still being trained, on a few fixed prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dppo.config import TrainSettings
+from dppo.evaluation.drift import exact_kl
+from dppo.evaluation.win_rates import outcomes
+from dppo.logps import ResponseScorer
+from dppo.loop import Metrics
+from dppo.stages.training import autocast, saved_policy
+from dppo.types import Artifact, Generation, Prompt
+
+if TYPE_CHECKING:
+    from dppo.data.encoding import ChatEncoder
+    from dppo.generation import Greedy
+    from dppo.rewards import Reward
+    from dppo.stages.workbench import Workbench
+
+
+def interim_win_rate(
+    bench: Workbench,
+    reference: Artifact,
+    prompts: Sequence[Prompt],
+    baseline: Sequence[float],
+    settings: Greedy,
+    reward: Reward,
+    encoder: ChatEncoder,
+    train: TrainSettings,
+    *,
+    kl: bool,
+) -> Callable[[ResponseScorer], Metrics]:
+    """A measurement of a policy in training; ``baseline`` are the rewards of the reference's answers to ``prompts``.
+
+    It gives ``win_rate`` (ties 1/2), ``n_prompts``, mean ``reward`` and ``tokens`` of an answer, and with ``kl``
+    ``kl_nats_per_token``: KL(policy || reference) on the policy's answers, for which the reference is loaded each time,
+    because between two steps there is room where the gradients were.
+    """
+    queue = [(prompt.prompt_id, encoder.prompt_ids(prompt.messages)) for prompt in prompts]
+
+    def measure(policy: ResponseScorer) -> Metrics:
+        answers: dict[str, Generation] = {}
+        with policy.own_attention():
+            for part in settings.generate(policy.model, queue, encoder.end_of_turn_ids, encoder.decode):
+                answers |= {answer.prompt_id: answer for answer in part}
+        own = reward.score(prompts, [answers[prompt.prompt_id].text for prompt in prompts])
+        found: Metrics = {
+            "win_rate": float(outcomes(own, baseline).mean()),
+            "n_prompts": len(prompts),
+            "reward": float(np.mean(own)),
+            "tokens": float(np.mean([len(answer.token_ids) for answer in answers.values()])),
+        }
+        if kl:
+            with autocast(bench, train.precision):
+                found["kl_nats_per_token"] = exact_kl(
+                    policy,
+                    ResponseScorer(saved_policy(bench, reference), train.packing),
+                    encoder.answers(prompts, answers),
+                    train.tokens_per_micro_batch,
+                ).nats_per_token
+        return found
+
+    return measure
