@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,9 +40,12 @@ _SILENT = (
     "hydra/hydra_logging=disabled",
 )
 
+# What the dry runs of this command would have made: the later jobs of a multirun find it in the cache.
+_planned: set[str] = set()
+
 
 def run_job(composed: DictConfig) -> float | tuple[float, ...]:
-    """One job of Hydra's: the values of ``objectives``, one as a float, several as a tuple."""
+    """One job of Hydra's: the values of ``objectives``, one as a float, several as a tuple; NaN for a dry run."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
@@ -50,7 +54,7 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     overrides = list(hydra.overrides.task)
     directory = Path(hydra.runtime.output_dir)
     experiment = config.load(composed, overrides)
-    from dppo import pipeline
+    from dppo import pipeline, plan
     from dppo.artifacts.files import disk_errors, write_atomic
     from dppo.loop import Interrupted
     from dppo.search.watch import CALIBRATION, TRIAL, watch
@@ -59,6 +63,12 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     assert isinstance(resolved, dict)
     search = _is_search(hydra.sweeper) and hydra.mode == RunMode.MULTIRUN
     try:
+        if experiment.dry_run:
+            planned = plan.plan(experiment, also_built=_planned)
+            _planned.update(planned.makes)
+            if int(os.environ.get("RANK", "0")) == 0:
+                _print(plan.lines(planned))
+            return math.nan
         if search and CALIBRATION in os.environ:
             found = pipeline.penalty_strength(experiment)
             with disk_errors(directory):
@@ -89,6 +99,15 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     finally:
         startup.end()  # a run that finds everything in the cache loads no model
     return values[0] if len(values) == 1 else values
+
+
+def _print(lines: Sequence[str]) -> None:
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # The reader has seen enough. What is still buffered has none, and Hydra would announce an exception.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
 
 
 def _plain(node: Any) -> dict[str, Any]:
@@ -132,9 +151,14 @@ def _main() -> int:
         places = [at for at, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
         arguments.insert(places[0] if places else len(arguments), f"hydra.searchpath=[file://{config.SWEEPS_DIR}]")
     sys.argv[1:] = [*arguments, *_SILENT] if int(os.environ.get("RANK", "0")) > 0 and checking else arguments
+    nowhere = _nowhere(arguments) if checking else None
+    if nowhere is not None:
+        sys.argv[1:] = _placed(sys.argv[1:], nowhere.name)
     try:
         if checking == "multirun":
             sweeper = _sweeper(overrides)
+            if nowhere is not None and _is_search(sweeper):
+                raise UserError("dry_run=true: a search chooses its trials as it goes; try one of them without -m")
             if space := _search_space(sweeper, overrides):
                 overrides = [*space, *overrides]
                 places = [at for at, word in enumerate(sys.argv) if at and not word.startswith("-")]
@@ -168,6 +192,10 @@ def _main() -> int:
     except Exception:
         logging.getLogger("dppo").exception("this is a bug in dppo; please report it with the lines below")
         return EXIT_FAILED
+    finally:
+        _planned.clear()
+        if nowhere is not None:
+            nowhere.cleanup()
     return 0
 
 
@@ -208,6 +236,20 @@ def _runs_something(arguments: Sequence[str]) -> str | None:
     }:
         return None
     return "multirun" if flags & {"-m", "--multirun"} else "run"
+
+
+def _nowhere(arguments: Sequence[str]) -> tempfile.TemporaryDirectory[str] | None:
+    """A directory for what Hydra writes during a dry run, to be removed after it; None for any other command."""
+    if any(word.lstrip("+").lower() == "dry_run=true" for word in arguments):
+        return tempfile.TemporaryDirectory(prefix="dppo-")
+    return None
+
+
+def _placed(arguments: Sequence[str], folder: str) -> list[str]:
+    """The same words with Hydra's directories in ``folder``, behind the last override: the last one counts."""
+    last = max(at for at, word in enumerate(arguments) if "=" in word and not word.startswith("-"))
+    places = [f"{key}='{folder}'" for key in ("hydra.run.dir", "hydra.sweep.dir")]
+    return [*arguments[: last + 1], *places, *arguments[last + 1 :]]
 
 
 def _check(jobs: Sequence[Sequence[str]]) -> None:

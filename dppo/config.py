@@ -225,6 +225,7 @@ class Experiment:
     cache: CacheSettings
     objectives: tuple[str, ...]
     init_from: str | None
+    dry_run: bool  # read by the command line; a plan, not the pipeline, answers it
     notices: tuple[str, ...]  # what the chosen settings warn of
 
     def __post_init__(self) -> None:

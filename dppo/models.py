@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
@@ -201,8 +202,13 @@ class GgufModel:
         return {"model": "gguf", "version": VERSION, "content": content_digest([self._source()])}
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer from the file. Raises UserError if the file is missing or not readable."""
-        return _load_tokenizer(self._folder(), f"model.file={self.file}")
+        """The tokenizer from the file, without converting the weights. Raises UserError if the file is not readable."""
+        source, name = self._source(), f"model.file={self.file}"
+        if (folder := self._place(source)).is_dir():
+            return _load_tokenizer(folder, name)
+        with tempfile.TemporaryDirectory() as written:  # as the converted folder will hold it
+            self._read_tokenizer(source).save_pretrained(written)
+            return _load_tokenizer(Path(written), name)
 
     def load_model(self, seed: int) -> PreTrainedModel:
         """The dequantised weights; ``seed`` is not used. Raises UserError if the file is missing or not readable."""
@@ -223,10 +229,23 @@ class GgufModel:
             raise UserError(f"model.file={self.file}: there is no such file in {file.parent} (found {there})")
         return file
 
+    def _place(self, source: Path) -> Path:
+        """Where the converted model is or will be."""
+        return Path(self.cache_dir) / f"gguf-{VERSION}-{content_digest([source])}"
+
+    def _read_tokenizer(self, source: Path) -> PreTrainedTokenizerBase:
+        if importlib.util.find_spec("gguf") is None:
+            raise UserError(f"model.file={self.file}: reading GGUF needs a package: pip install gguf")
+        from transformers import AutoTokenizer
+
+        with _one_line_errors(f"model.file={self.file}"), _no_progress_bars(), redirect_stderr(io.StringIO()):
+            found = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+        return cast("PreTrainedTokenizerBase", found)
+
     def _folder(self) -> Path:
         """The converted model, made now if this is its first use."""
         source = self._source()
-        folder = Path(self.cache_dir) / f"gguf-{VERSION}-{content_digest([source])}"
+        folder = self._place(source)
         if folder.is_dir():  # it gets its name by a rename when it is complete
             return folder
         from filelock import FileLock
@@ -241,15 +260,13 @@ class GgufModel:
         return folder
 
     def _convert(self, source: Path, folder: Path) -> None:
-        if importlib.util.find_spec("gguf") is None:
-            raise UserError(f"model.file={self.file}: reading GGUF needs a package: pip install gguf")
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         logger.info("dequantising %s once into %s; this takes about half a minute", source.name, folder)
+        tokenizer = self._read_tokenizer(source)
         # Its progress bar cannot be turned off, only sent elsewhere.
         with _one_line_errors(f"model.file={self.file}"), _no_progress_bars(), redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
             quantised = AutoModelForCausalLM.from_pretrained(
                 str(source.parent), gguf_file=source.name, dtype=torch.float32
             )
@@ -280,6 +297,27 @@ def load_saved(path: Path) -> PreTrainedModel:
 def saved_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder written by ``save``. Raises UserError if it cannot be loaded."""
     return _load_tokenizer(path, str(path))
+
+
+def n_parameters(model: Model) -> int | None:
+    """How many weights a model has, without loading or drawing one; None where that is not known."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if isinstance(model, TinyLlama):
+        with torch.device("meta"):
+            return int(model.load_model(0).num_parameters())
+    if isinstance(model, PretrainedModel):
+        folder = model._folder()
+    elif isinstance(model, GgufModel):
+        folder = model._place(model._source())
+    else:
+        return None
+    if not folder.is_dir():  # GGUF that was not converted yet
+        return None
+    with _one_line_errors(str(folder)), torch.device("meta"):
+        architecture = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return int(AutoModelForCausalLM.from_config(architecture).num_parameters())
 
 
 def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import torch
 from dppo import __version__, results
 from dppo.artifacts import Cache
 from dppo.batches import batches, collate
-from dppo.config import Experiment, Phase
+from dppo.config import Experiment, Phase, TrainSettings
 from dppo.data import Dataset, LabelledDataset, RankedDataset
 from dppo.data.encoding import ChatEncoder, EncodedSet
 from dppo.data.shapes import one_row_per_prompt, with_answers_of_the_row_before, with_answers_to_other_prompts
@@ -185,16 +186,13 @@ def _stages(
     own_store, own = generate(bench, "answers", policy, prompts, settings, encoder)
     other_store, other = generate(bench, "baseline", reference, prompts, settings, encoder)
     scored, (own_rewards, other_rewards) = scores(bench, experiment.reward, prompts, [own, other])
-    train = next(iter(experiment.phases.values())).train if experiment.phases else experiment.sft.train
-    assert train is not None  # the door refuses a run that trains nothing
-    kl_prompts = nested_subset(prompts, evaluation.n_kl_prompts, FIXED)
-    pairs = nested_subset(experiment.dataset.pairs(evaluation.split), evaluation.n_pairs, FIXED)
+    train, kl_prompts, pairs = drift_data(experiment, prompts, encoder)
     _, moved, pair_rows = drift(
         bench,
         policy,
         reference,
         encoder.answers(kl_prompts, own),
-        encoder.encode(pairs, None).examples if pairs else (),
+        pairs,
         train,
     )
     _, compared = compare(
@@ -231,26 +229,16 @@ def _phase(
     ``watch`` makes the interim measurements for a number of steps; it is told whether there are held-out pairs.
     """
     train, seed = phase.train, experiment.seed
-    rows = nested_subset(training, train.n_examples, seed)
-    held_out_rows = nested_subset(
-        _rows(experiment.dataset, phase.loss.trains_on, "validation"), train.n_evaluation_examples, FIXED
-    )
-    encoded = encoder.encode(rows, train.max_length, key="train.max_length")
-    for note in encoded.notes:
+    data = phase_data(experiment, bench, phase, training, encoder)
+    for note in data.notes:
         bench.say(f"  {name}: {note}")
-    examples = _seen(_shaped(encoded, phase, seed, bench), phase, seed)
-    held_out: tuple[EncodedExample, ...] = ()
-    if held_out_rows and (train.evaluate_every is not None or experiment.evaluation.interim.metric == "accuracy"):
-        held_out = encoder.encode(held_out_rows, encoded.max_length).examples
+    examples, held_out = data.examples, data.held_out
     parents: list[str] = []
     if "generated" in phase.loss.uses_roles:
-        wanted = {example.prompt_id for example in (*examples, *held_out)}
-        asked = {pair.prompt.prompt_id: pair.prompt for pair in (*rows, *held_out_rows)}
-        prompts = [prompt for key, prompt in asked.items() if key in wanted]
-        store, answers = generate(bench, "y_gen", base, prompts, experiment.generation, encoder)
+        store, answers = generate(bench, "y_gen", base, data.prompts, experiment.generation, encoder)
         parents.append(store.fingerprint)
-        examples = encoder.add_generated(examples, answers, encoded.max_length)
-        held_out = encoder.add_generated(held_out, answers, encoded.max_length)
+        examples = encoder.add_generated(examples, answers, data.max_length)
+        held_out = encoder.add_generated(held_out, answers, data.max_length)
     lookup: ReferenceLogps | None = None
     if phase.loss.uses_reference:
         logps, lookup = reference_logps(bench, base, (*examples, *held_out), train)
@@ -282,21 +270,11 @@ def _interim(
 ) -> Interim | None:
     """What is measured on the way to the last step: answers to fixed validation prompts against the reference's."""
     settings = experiment.evaluation.interim
-    shares = [(place + 1) / (settings.n_points + 1) for place in range(settings.n_points)]
-    percent_at = {round(share * steps): round(100 * share) for share in shares if 0 < round(share * steps) < steps}
+    percent_at, prompts = interim_data(experiment, steps, has_pairs)
     if not percent_at:
         return None
-    if settings.metric == "accuracy" and not has_pairs:
-        raise UserError(
-            "evaluation.interim.metric=accuracy: there are no held-out pairs to rank; choose win_rate, or a data set "
-            "with validation pairs"
-        )
     measure = None
-    if settings.metric == "win_rate" or settings.max_kl is not None:
-        prompts = nested_subset(experiment.dataset.prompts("validation"), settings.n_prompts, FIXED)
-        if not prompts:
-            raise UserError("evaluation.interim.n_points: the data set has no validation prompts; set it to 0")
-        experiment.reward.check(prompts)
+    if prompts:
         _, answers = generate(bench, "baseline", base, prompts, experiment.generation, encoder)
         _, (baseline,) = scores(bench, experiment.reward, prompts, [answers])
         train = list(experiment.phases.values())[-1].train
@@ -317,6 +295,27 @@ def _interim(
     return Interim(percent_at, settings.metric, measure, within_limits)
 
 
+def interim_data(experiment: Experiment, steps: int, has_pairs: bool) -> tuple[dict[int, int], list[Prompt]]:
+    """({step: percent of training}, prompts that are answered at each). Raises UserError for data that has none."""
+    settings = experiment.evaluation.interim
+    shares = [(place + 1) / (settings.n_points + 1) for place in range(settings.n_points)]
+    percent_at = {round(share * steps): round(100 * share) for share in shares if 0 < round(share * steps) < steps}
+    if not percent_at:
+        return {}, []
+    if settings.metric == "accuracy" and not has_pairs:
+        raise UserError(
+            "evaluation.interim.metric=accuracy: there are no held-out pairs to rank; choose win_rate, or a data set "
+            "with validation pairs"
+        )
+    if settings.metric == "accuracy" and settings.max_kl is None:
+        return percent_at, []
+    prompts = nested_subset(experiment.dataset.prompts("validation"), settings.n_prompts, FIXED)
+    if not prompts:
+        raise UserError("evaluation.interim.n_points: the data set has no validation prompts; set it to 0")
+    experiment.reward.check(prompts)
+    return percent_at, prompts
+
+
 def _rows(dataset: Dataset, shape: Shape, split: Split) -> list[PreferenceExample]:
     """The data set's examples in the shape that a loss trains on; a pair serves every loss."""
     if shape == "ranked" and isinstance(dataset, RankedDataset):
@@ -324,6 +323,49 @@ def _rows(dataset: Dataset, shape: Shape, split: Split) -> list[PreferenceExampl
     if shape == "labelled" and isinstance(dataset, LabelledDataset):
         return dataset.labelled(split)
     return dataset.pairs(split)
+
+
+@dataclass(frozen=True)
+class PhaseData:
+    """What a phase trains on and evaluates, without y_gen; ``prompts`` are those that y_gen answers."""
+
+    examples: tuple[EncodedExample, ...]
+    held_out: tuple[EncodedExample, ...]
+    prompts: list[Prompt]
+    max_length: int | None
+    notes: tuple[str, ...]
+
+
+def phase_data(
+    experiment: Experiment, bench: Workbench, phase: Phase, training: Sequence[PreferenceExample], encoder: ChatEncoder
+) -> PhaseData:
+    """The data of a phase, tokenised. Raises UserError if nothing fits into ``train.max_length``."""
+    train, seed = phase.train, experiment.seed
+    rows = nested_subset(training, train.n_examples, seed)
+    held_out_rows = nested_subset(
+        _rows(experiment.dataset, phase.loss.trains_on, "validation"), train.n_evaluation_examples, FIXED
+    )
+    encoded = encoder.encode(rows, train.max_length, key="train.max_length")
+    examples = _seen(_shaped(encoded, phase, seed, bench), phase, seed)
+    held_out: tuple[EncodedExample, ...] = ()
+    if held_out_rows and (train.evaluate_every is not None or experiment.evaluation.interim.metric == "accuracy"):
+        held_out = encoder.encode(held_out_rows, encoded.max_length).examples
+    wanted = {example.prompt_id for example in (*examples, *held_out)}
+    asked = {pair.prompt.prompt_id: pair.prompt for pair in (*rows, *held_out_rows)}
+    prompts = [prompt for key, prompt in asked.items() if key in wanted]
+    return PhaseData(examples, held_out, prompts, encoded.max_length, encoded.notes)
+
+
+def drift_data(
+    experiment: Experiment, prompts: Sequence[Prompt], encoder: ChatEncoder
+) -> tuple[TrainSettings, list[Prompt], Sequence[EncodedExample]]:
+    """(training settings for numerics, prompts whose answers KL is measured on, held-out pairs)."""
+    evaluation = experiment.evaluation
+    train = next(iter(experiment.phases.values())).train if experiment.phases else experiment.sft.train
+    assert train is not None  # the door refuses a run that trains nothing
+    pairs = nested_subset(experiment.dataset.pairs(evaluation.split), evaluation.n_pairs, FIXED)
+    kl_prompts = nested_subset(prompts, evaluation.n_kl_prompts, FIXED)
+    return train, kl_prompts, encoder.encode(pairs, None).examples if pairs else ()
 
 
 def _training_rows(experiment: Experiment) -> dict[Shape, list[PreferenceExample]]:
@@ -380,6 +422,7 @@ def _evaluation_prompts(experiment: Experiment) -> list[Prompt]:
 
 
 def _workbench(experiment: Experiment) -> Workbench:
+    """The cache and the device of a run; makes no directory. Raises UserError for a device that is not there."""
     import torch
     from accelerate import Accelerator
 

@@ -122,7 +122,8 @@ def complete(
     negative_share}; ``length`` {policy, reference, each {tokens, characters, end_of_turn_rate}}; ``kl``
     {nats_per_token, nats_per_answer, n_answers, n_tokens}; ``held_out`` likelihoods and accuracies on pairs of the
     split; ``after_edit`` mean token log-prob of chosen answers behind the first edit (``evaluation.edits``);
-    ``timings`` {stages: [{stage, fingerprint, seconds, reused}], total_seconds}. Intervals are 95 %.
+    ``timings`` {stages: [{stage, fingerprint, seconds, reused, rows (that a growing store got, else null)}],
+    total_seconds}. Intervals are 95 %.
     """
     return {
         "status": "complete",
@@ -176,6 +177,7 @@ def timings(bench: Workbench) -> dict[str, Any]:
             "fingerprint": record.fingerprint,
             "seconds": record.seconds,
             "reused": record.reused,
+            "rows": record.rows,
         }
         for record in bench.records
     ]

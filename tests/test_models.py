@@ -25,7 +25,7 @@ from dppo.config import CONF_DIR, compose
 from dppo.data.encoding import ChatEncoder
 from dppo.data.tiny_tokenizer import build_tokenizer
 from dppo.errors import UserError
-from dppo.models import GgufModel, Model, PretrainedModel, TinyLlama, load_saved, save
+from dppo.models import GgufModel, Model, PretrainedModel, TinyLlama, load_saved, n_parameters, save
 from dppo.types import Message
 
 TINY = TinyLlama(
@@ -322,6 +322,19 @@ def test_gguf_is_converted_once_and_then_a_plain_folder(gguf_file: Path, tmp_pat
     assert [entry.name for entry in cache.iterdir() if entry.is_dir()] == [folder.name]
     save(loaded, tokenizer, tmp_path / "again")
     assert same(load_saved(tmp_path / "again"), loaded)
+
+
+def test_a_gguf_tokenizer_needs_no_conversion(gguf_file: Path, tmp_path: Path) -> None:
+    model = gguf_model(gguf_file, tmp_path / "cache")
+    before = model.load_tokenizer()
+    assert n_parameters(model) is None
+    assert not (tmp_path / "cache").exists()
+    loaded = model.load_model(0)
+    after = model.load_tokenizer()
+    assert before.get_vocab() == after.get_vocab()
+    assert before.get_chat_template() == after.get_chat_template()
+    assert before.model_max_length == after.model_max_length
+    assert n_parameters(model) == sum(value.numel() for value in loaded.parameters())
 
 
 def test_a_killed_conversion_leaves_nothing_in_the_way(

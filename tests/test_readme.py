@@ -69,7 +69,10 @@ def test_every_command_runs(
             status = int(stop.code or 0)
     output = capfd.readouterr()
     assert status == 0, output.err
-    if "--help" not in words and "--cfg" not in words and module == "dppo":
+    if "dry_run=true" in words:
+        assert "dry run: 9 of 9 stages to build" in output.out
+        assert list(tmp_path.rglob("outputs/**/*")) == [tmp_path / "outputs" / "cache"]
+    elif "--help" not in words and "--cfg" not in words and module == "dppo":
         results = list(tmp_path.glob("outputs/**/result.json"))
         assert results
         assert all(json.loads(path.read_text())["status"] == "complete" for path in results)

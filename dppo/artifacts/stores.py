@@ -156,6 +156,11 @@ class Store(Entry, Generic[Row]):
         self._refresh()
         return [key for key in dict.fromkeys(keys) if key not in self._index]
 
+    def n_rows(self) -> int:
+        """How many rows there are."""
+        self._refresh()
+        return len(self._index)
+
     def get(self, keys: Sequence[str]) -> list[Row]:
         """One row for each key, in the order given; raises MissingRows if there are holes."""
         self._refresh()

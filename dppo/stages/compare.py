@@ -10,16 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dppo.artifacts import Build
+from dppo.artifacts import Build, Slot
 from dppo.config import EvaluationSettings
 from dppo.data.ids import content_hash
 from dppo.evaluation.win_rates import crossed_mean, win_rate
+from dppo.stages.workbench import WORK
 from dppo.types import Artifact, Generation, Prompt
 
 if TYPE_CHECKING:
     from dppo.stages.workbench import Workbench
 
 VERSION = 1
+
+
+def compare_slot(
+    bench: Workbench, prompts: Sequence[Prompt], parents: Sequence[str], settings: EvaluationSettings
+) -> Slot:
+    """The place of a comparison; ``parents``: the policy's answers, the reference's answers and the scores."""
+    return bench.cache.artifact(
+        "compare",
+        {
+            "version": VERSION,
+            "prompts": content_hash([prompt.prompt_id for prompt in prompts]),
+            "n_bootstrap": settings.n_bootstrap,
+            "bootstrap_seed": settings.bootstrap_seed,
+        },
+        parents=parents,
+    )
 
 
 def compare(
@@ -31,16 +48,8 @@ def compare(
     settings: EvaluationSettings,
 ) -> tuple[Artifact, dict[str, Any]]:
     """Win rate, reward and length of both models; each model is (its answers' artifact, answers, rewards)."""
-    slot = bench.cache.artifact(
-        "compare",
-        {
-            "version": VERSION,
-            "prompts": content_hash([prompt.prompt_id for prompt in prompts]),
-            "n_bootstrap": settings.n_bootstrap,
-            "bootstrap_seed": settings.bootstrap_seed,
-        },
-        parents=[policy[0].fingerprint, reference[0].fingerprint, scored.fingerprint],
-    )
+    parents = [policy[0].fingerprint, reference[0].fingerprint, scored.fingerprint]
+    slot = compare_slot(bench, prompts, parents, settings)
 
     def build(started: Build) -> None:
         own, other = np.asarray(policy[2]), np.asarray(reference[2])
@@ -68,6 +77,7 @@ def compare(
         }
         if bench.is_main:
             (started.directory / "comparison.json").write_text(json.dumps(result))
+            started.extra[WORK] = len(prompts)
 
     artifact = bench.artifact("compare", slot, f"{len(prompts)} prompts", build)
     result: dict[str, Any] = json.loads((Path(artifact.path) / "comparison.json").read_text())

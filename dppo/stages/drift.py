@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dppo.artifacts import Build
+from dppo.artifacts import Build, Slot
 from dppo.batches import collate, micro_batches
 from dppo.config import TrainSettings
 from dppo.data.ids import content_hash
@@ -19,6 +19,7 @@ from dppo.evaluation.edits import PairRow, pair_rows
 from dppo.logps import ResponseScorer
 from dppo.loop import likelihoods
 from dppo.stages.training import autocast, saved_policy
+from dppo.stages.workbench import WORK
 from dppo.types import Artifact, EncodedExample, Json
 
 if TYPE_CHECKING:
@@ -26,6 +27,32 @@ if TYPE_CHECKING:
 
 VERSION = 2
 PAIRS = "pairs.jsonl"
+
+
+def drift_slot(
+    bench: Workbench,
+    policy: str,
+    reference: str,
+    answers: Sequence[str],
+    pairs: Sequence[EncodedExample],
+    settings: TrainSettings,
+) -> Slot:
+    """The place of the drift between two models, given by their fingerprints; ``answers`` are ids of examples."""
+    return bench.cache.artifact(
+        "drift",
+        {
+            "version": VERSION,
+            "answers": content_hash(sorted(answers)),
+            "pairs": content_hash(sorted(example.example_id for example in pairs)),
+            "numerics": bench.numerics(settings.precision, settings.packing),
+        },
+        parents=[policy, reference],
+    )
+
+
+def n_responses(answers: int, pairs: Sequence[EncodedExample]) -> int:
+    """How many responses both models score."""
+    return answers + sum(len(pair.responses) for pair in pairs)
 
 
 def drift(
@@ -40,16 +67,8 @@ def drift(
 
     ``answers`` have one response each, ``pairs`` two.
     """
-    slot = bench.cache.artifact(
-        "drift",
-        {
-            "version": VERSION,
-            "answers": content_hash(sorted(example.example_id for example in answers)),
-            "pairs": content_hash(sorted(example.example_id for example in pairs)),
-            "numerics": bench.numerics(settings.precision, settings.packing),
-        },
-        parents=[policy.fingerprint, reference.fingerprint],
-    )
+    ids = [example.example_id for example in answers]
+    slot = drift_slot(bench, policy.fingerprint, reference.fingerprint, ids, pairs, settings)
 
     def build(started: Build) -> None:
         own = ResponseScorer(saved_policy(bench, policy), settings.packing)
@@ -61,6 +80,7 @@ def drift(
             (started.directory / "drift.json").write_text(json.dumps({"kl": asdict(kl), "held_out": means}))
             lines = (json.dumps(row.to_json()) + "\n" for row in sorted(rows, key=lambda row: row.example_id))
             (started.directory / PAIRS).write_text("".join(lines))
+            started.extra[WORK] = n_responses(len(answers), pairs)
 
     artifact = bench.artifact("drift", slot, f"KL on {len(answers)} answers, {len(pairs)} held-out pairs", build)
     found: dict[str, Any] = json.loads((Path(artifact.path) / "drift.json").read_text())

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dppo.artifacts import Damaged
+from dppo.artifacts import Damaged, Slot
 from dppo.errors import UserError
 from dppo.types import Artifact
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from dppo.stages.workbench import Workbench
 
 
-def finished_run(bench: Workbench, run: str, encoder: ChatEncoder) -> tuple[Artifact, Artifact]:
-    """(reference, policy) of the run directory ``run``, from the cache.
+def finished_slots(bench: Workbench, run: str, encoder: ChatEncoder) -> tuple[Slot, Slot]:
+    """The places of (reference, policy) of the run directory ``run``.
 
     Raises UserError if there is no complete run, if the cache has lost its models, or if they have another tokenizer
     or chat template than ``encoder``.
@@ -41,16 +41,25 @@ def finished_run(bench: Workbench, run: str, encoder: ChatEncoder) -> tuple[Arti
                 f"init_from={run}: its {title} {stage} {fingerprint[:4]} is not in {bench.cache.root} ({problem}); "
                 f"set cache.dir to that run's, or run it again: {command}"
             ) from None
-        with bench.working(title if title == "policy" else stage, slot, reuse=True, detail=f"from {run}"):
-            found.append(slot.artifact(reused=True))
+        found.append(slot)
     _check_tokenizer(run, found[1], encoder)
     return found[0], found[1]
 
 
-def _check_tokenizer(run: str, policy: Artifact, encoder: ChatEncoder) -> None:
+def finished_run(bench: Workbench, run: str, encoder: ChatEncoder) -> tuple[Artifact, Artifact]:
+    """(reference, policy) of the run directory ``run``, from the cache; raises UserError as ``finished_slots`` does."""
+    reference, policy = finished_slots(bench, run, encoder)
+    found = []
+    for title, slot in ((reference.stage, reference), ("policy", policy)):
+        with bench.working(title, slot, reuse=True, detail=f"from {run}"):
+            found.append(slot.artifact(reused=True))
+    return found[0], found[1]
+
+
+def _check_tokenizer(run: str, policy: Slot, encoder: ChatEncoder) -> None:
     from dppo.models import saved_tokenizer
 
-    theirs, ours = saved_tokenizer(Path(policy.path)), encoder.tokenizer
+    theirs, ours = saved_tokenizer(policy.path), encoder.tokenizer
     for what, equal in {
         "vocabulary": theirs.get_vocab() == ours.get_vocab(),
         "chat template": theirs.get_chat_template() == ours.get_chat_template(),

@@ -19,6 +19,26 @@ VERSION = 1
 _ROWS_PER_SHARD = 2048
 
 
+def answers_store(bench: Workbench, model: str, settings: Greedy, encoder: ChatEncoder) -> Store[Json]:
+    """Where the answers of the model with the fingerprint ``model`` lie, by ``prompt_id``."""
+    return bench.cache.json_store(
+        "generate",
+        {
+            "version": VERSION,
+            "decoding": settings.identity(),
+            "template": encoder.template_text,
+            "numerics": bench.numerics(settings.precision),
+        },
+        parents=[model],
+    )
+
+
+def stored_answers(store: Store[Json], keys: Sequence[str]) -> dict[str, Generation]:
+    """Answers from their store, by ``prompt_id``; raises MissingRows if there are holes."""
+    rows = zip(keys, store.get(keys), strict=True)
+    return {key: _from_json(key, cast("dict[str, Json]", row)) for key, row in rows}
+
+
 def generate(
     bench: Workbench,
     title: str,
@@ -28,16 +48,7 @@ def generate(
     encoder: ChatEncoder,
 ) -> tuple[Artifact, dict[str, Generation]]:
     """The model's answers by ``prompt_id``; only those are computed that the store of this model lacks."""
-    store: Store[Json] = bench.cache.json_store(
-        "generate",
-        {
-            "version": VERSION,
-            "decoding": settings.identity(),
-            "template": encoder.template_text,
-            "numerics": bench.numerics(settings.precision),
-        },
-        parents=[model.fingerprint],
-    )
+    store = answers_store(bench, model.fingerprint, settings, encoder)
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     keys = list(by_id)
 
@@ -51,8 +62,7 @@ def generate(
 
     detail = f"{len(keys)} answers"
     artifact = bench.fill(title, store, keys, detail, "to make", compute, rows_per_shard=_ROWS_PER_SHARD)
-    rows = zip(keys, store.get(keys), strict=True)
-    return artifact, {key: _from_json(key, cast("dict[str, Json]", row)) for key, row in rows}
+    return artifact, stored_answers(store, keys)
 
 
 def _to_json(answer: Generation) -> Json:

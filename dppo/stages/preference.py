@@ -38,6 +38,26 @@ class Trained:
         return str(self.outcome["status"])
 
 
+def preference_slot(
+    bench: Workbench, phase: Phase, start: str, parents: Sequence[str], *, data: Json, seed: int
+) -> Slot:
+    """The place of a phase's policy; ``start`` is the fingerprint of the model that it trains from."""
+    train = phase.train
+    return bench.cache.artifact(
+        "preference",
+        {
+            "version": VERSION,
+            "loss": phase.loss,
+            "settings": train.identity(),
+            "seed": seed,
+            "data": data,
+            "numerics": bench.numerics(train.precision, train.packing),
+            **_cut(bench, phase),
+        },
+        parents=[start, *parents],
+    )
+
+
 def preference(
     bench: Workbench,
     name: str,
@@ -58,19 +78,7 @@ def preference(
     A run that is found in the cache tells its interim values again, and is pruned as it would be while it runs.
     """
     train = phase.train
-    slot = bench.cache.artifact(
-        "preference",
-        {
-            "version": VERSION,
-            "loss": phase.loss,
-            "settings": train.identity(),
-            "seed": seed,
-            "data": data,
-            "numerics": bench.numerics(train.precision, train.packing),
-            **_cut(bench, phase),
-        },
-        parents=[start.fingerprint, *parents],
-    )
+    slot = preference_slot(bench, phase, start.fingerprint, parents, data=data, seed=seed)
 
     def build(started: Build) -> None:
         policy = continued_policy(bench, start, train.lora, seed)

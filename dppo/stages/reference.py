@@ -26,23 +26,27 @@ _BUDGET_FACTOR = 4
 _ROWS_PER_SHARD = 4096
 
 
-def reference_logps(
-    bench: Workbench, model: Artifact, examples: Sequence[EncodedExample], settings: TrainSettings
-) -> tuple[Artifact, ReferenceLogps]:
-    """The stored log-probs of all responses, as a lookup by (prompt_id, response_id).
+def reference_store(bench: Workbench, model: str, settings: TrainSettings) -> Store[Tokens]:
+    """Where the log-probs under the model with the fingerprint ``model`` lie, by ``response_keys``.
 
     Precision and layout are those of the training that uses them, so that the log-ratio at step 0 is 0.
     """
-    store: Store[Tokens] = bench.cache.token_store(
-        "reference",
-        {"version": VERSION, "numerics": bench.numerics(settings.precision, settings.packing)},
-        parents=[model.fingerprint],
-    )
-    keys = list(
-        dict.fromkeys(
-            _key(example.prompt_id, response.response_id) for example in examples for response in example.responses
-        )
-    )
+    content = {"version": VERSION, "numerics": bench.numerics(settings.precision, settings.packing)}
+    return bench.cache.token_store("reference", content, parents=[model])
+
+
+def response_keys(examples: Sequence[EncodedExample]) -> list[str]:
+    """The key of every response of the examples, each once."""
+    keys = (_key(example.prompt_id, response.response_id) for example in examples for response in example.responses)
+    return list(dict.fromkeys(keys))
+
+
+def reference_logps(
+    bench: Workbench, model: Artifact, examples: Sequence[EncodedExample], settings: TrainSettings
+) -> tuple[Artifact, ReferenceLogps]:
+    """The stored log-probs of all responses, as a lookup by (prompt_id, response_id)."""
+    store = reference_store(bench, model.fingerprint, settings)
+    keys = response_keys(examples)
 
     @torch.inference_mode()
     def compute(missing: list[str], keep: Keep[Tokens]) -> None:

@@ -18,12 +18,22 @@ VERSION = 1
 _ANSWERS_PER_CALL = 256
 
 
+def scores_store(bench: Workbench, reward: Reward) -> Store[Json]:
+    """Where the rewards of this kind lie, by ``score_key``."""
+    return bench.cache.json_store("scores", {"version": VERSION, "reward": reward.identity()})
+
+
+def score_key(prompt: Prompt, text: str) -> str:
+    """The key of the reward of one answer to one prompt."""
+    return content_hash([prompt.prompt_id, [list(check) for check in prompt.checks], text])
+
+
 def scores(
     bench: Workbench, reward: Reward, prompts: Sequence[Prompt], models: Sequence[Mapping[str, Generation]]
 ) -> tuple[Artifact, list[list[float]]]:
     """For each model, the rewards of its answers to ``prompts``, in their order; equal texts are scored once."""
-    store: Store[Json] = bench.cache.json_store("scores", {"version": VERSION, "reward": reward.identity()})
-    keys = [[_key(prompt, answers[prompt.prompt_id].text) for prompt in prompts] for answers in models]
+    store = scores_store(bench, reward)
+    keys = [[score_key(prompt, answers[prompt.prompt_id].text) for prompt in prompts] for answers in models]
     texts = {
         key: (prompt, answers[prompt.prompt_id].text)
         for answers, own in zip(models, keys, strict=True)
@@ -41,7 +51,3 @@ def scores(
     detail = f"{type(reward).__name__}, {len(texts)} answers"
     artifact = bench.fill("scores", store, list(texts), detail, "to score", compute, rows_per_shard=_ANSWERS_PER_CALL)
     return artifact, [[float(cast("float", score)) for score in store.get(own)] for own in keys]
-
-
-def _key(prompt: Prompt, text: str) -> str:
-    return content_hash([prompt.prompt_id, [list(check) for check in prompt.checks], text])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dppo.artifacts import Build
-from dppo.config import SftSettings
+from dppo.artifacts import Build, Slot
+from dppo.config import SftSettings, TrainSettings
 from dppo.data import Dataset
-from dppo.data.encoding import ChatEncoder
+from dppo.data.encoding import ChatEncoder, EncodedSet
 from dppo.data.subsets import nested_subset
 from dppo.errors import UserError
 from dppo.losses.sft import SFT
@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-def sft(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings, encoder: ChatEncoder) -> Artifact:
-    """Fine-tune ``model`` on the data set's chats, or take it as it is; the artifact is a model folder with tokenizer.
-
-    Raises UserError if the loss is not finite at some step.
-    """
+def sft_slot(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings, encoder: ChatEncoder) -> Slot:
+    """The place of the SFT model in the cache."""
     train = settings.train
     content: dict[str, Json] = {
         "version": VERSION,
@@ -40,7 +37,22 @@ def sft(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings,
             "settings": train.identity(),
             "numerics": bench.numerics(train.precision, train.packing),
         }
-    slot = bench.cache.artifact("sft", content)
+    return bench.cache.artifact("sft", content)
+
+
+def sft_examples(dataset: Dataset, train: TrainSettings, seed: int, encoder: ChatEncoder) -> EncodedSet:
+    """The chats that SFT trains on. Raises UserError if none fits into ``train.max_length``."""
+    chats = nested_subset(dataset.chats("train"), train.n_examples, seed)
+    return encoder.encode(chats, train.max_length, key="sft.train.max_length")
+
+
+def sft(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings, encoder: ChatEncoder) -> Artifact:
+    """Fine-tune ``model`` on the data set's chats, or take it as it is; the artifact is a model folder with tokenizer.
+
+    Raises UserError if the loss is not finite at some step.
+    """
+    train = settings.train
+    slot = sft_slot(bench, model, dataset, settings, encoder)
 
     def build(started: Build) -> None:
         if train is None:
@@ -49,8 +61,7 @@ def sft(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings,
                     new_policy(bench, model, None, settings.seed), encoder, started.directory, base=None, bench=bench
                 )
             return
-        chats = nested_subset(dataset.chats("train"), train.n_examples, settings.seed)
-        encoded = encoder.encode(chats, train.max_length, key="sft.train.max_length")
+        encoded = sft_examples(dataset, train, settings.seed, encoder)
         held_out = nested_subset(dataset.chats("validation"), train.n_evaluation_examples, 0)
         for note in encoded.notes:
             bench.say(f"  sft: {note}")

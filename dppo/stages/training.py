@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dppo.stages.workbench import Workbench
 
 METRICS = "metrics.jsonl"
+# In a manifest: the step after which its build continued. Its seconds are those of the steps that followed.
+CONTINUED = "continued_after"
 # An artifact that holds adapters names the full model below them by its place in the cache.
 _BASE = "base.json"
 _ADAPTER = "adapter_config.json"
@@ -178,6 +180,7 @@ def run_training(
     done = checkpoint_step(started.work)
     if done:
         bench.say(f"  {title}: continues after step {done}")
+        started.extra[CONTINUED] = done
     rows = [row for row in read_metrics(journal) if row["step"] <= done]
     if bench.is_main:
         _write_rows(journal, rows)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("dppo")
 _SECONDS_PER_SHARD = 30.0
+# In a manifest, for stages that train nothing: how many responses or prompts its seconds were spent on.
+WORK = "work"
 
 Row = TypeVar("Row")
 Keep = Callable[[Mapping[str, Row]], None]
@@ -30,6 +32,7 @@ class Record:
     """What a run did at one stage: how long it took, and whether the cache had it.
 
     ``title`` is what is printed; ``stage`` is where it lies in the cache: y_gen and both models' answers share one.
+    ``rows`` is how many a growing store got from this run, None for an artifact.
     """
 
     title: str
@@ -37,6 +40,7 @@ class Record:
     fingerprint: str
     seconds: float
     reused: bool
+    rows: int | None = None
 
 
 @dataclass
@@ -78,15 +82,16 @@ class Workbench:
             _log.warning("warning: %s", line)
 
     @contextmanager
-    def working(self, title: str, entry: Slot | Store[Any], *, reuse: bool, detail: str) -> Iterator[None]:
-        """Say what happens at a stage, time it and record it."""
+    def working(self, title: str, entry: Slot | Store[Any], *, reuse: bool, detail: str) -> Iterator[Record]:
+        """Say what happens at a stage, time it and record it; the record is complete when the block is left."""
         verb = "reuse" if reuse else "build"
         why = detail if reuse else f"{detail}; {entry.reason()}" if detail else entry.reason()
         self.say(f"{verb} {title:<10} {entry.fingerprint[:4]}  {why}")
         started = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        self.records.append(Record(title, entry.stage, entry.fingerprint, round(seconds, 3), reuse))
+        record = Record(title, entry.stage, entry.fingerprint, 0.0, reuse)
+        yield record
+        record.seconds = round(time.perf_counter() - started, 3)
+        self.records.append(record)
         self.on_record()
 
     def artifact(self, title: str, slot: Slot, detail: str, build: Callable[[Build], None]) -> Artifact:
@@ -149,13 +154,15 @@ class Workbench:
         if self.is_main:
             missing = store.missing(keys)
             told = f"{detail}, {len(missing)} {todo}" if missing else detail
-            with self.working(title, store, reuse=not missing, detail=told):
+            with self.working(title, store, reuse=not missing, detail=told) as record:
+                record.rows = 0
                 if missing:
                     with store.lock(self.say):
                         # Another run may have filled it while this one waited.
                         if left := store.missing(keys):
                             with _shards(store, rows_per_shard) as keep:
                                 compute(left, keep)
+                            record.rows = len(left)
         self.accelerator.wait_for_everyone()
         return store.artifact(reused=not missing)
 

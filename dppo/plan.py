@@ -1,0 +1,491 @@
+"""What a run would do, without doing it: which stages it would build, how much work that is, and how long it takes.
+
+Every place in the cache is made by the functions that the stages use themselves. Times and sizes are measured ones, of
+similar stages in the same cache; where nothing similar has run they stay unknown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from dppo import pipeline, results
+from dppo.artifacts import Cache, Damaged, Manifest, Slot, Store, fingerprint, maintenance, short
+from dppo.artifacts.layout import Entry, Layout
+from dppo.cache import size
+from dppo.command_line import aligned
+from dppo.config import Experiment, Phase
+from dppo.data.encoding import ChatEncoder
+from dppo.errors import UserError
+from dppo.loop import checkpoint_step, n_steps
+from dppo.models import Model, n_parameters
+from dppo.stages.compare import compare_slot
+from dppo.stages.drift import drift_slot, n_responses
+from dppo.stages.finished import finished_slots
+from dppo.stages.generate import answers_store, stored_answers
+from dppo.stages.preference import preference_slot
+from dppo.stages.reference import reference_store, response_keys
+from dppo.stages.scores import score_key, scores_store
+from dppo.stages.sft import sft_examples, sft_slot
+from dppo.stages.training import CONTINUED
+from dppo.stages.workbench import WORK, Workbench
+from dppo.types import EncodedExample, Generation, PreferenceExample, Prompt
+
+if TYPE_CHECKING:
+    from dppo.types import Json
+
+# An estimate is the median of at most so many measurements, the latest ones.
+_LATEST = 5
+# Run directories that are looked at for what growing stores took, the latest ones.
+_RUNS = 500
+_BYTES_PER_WEIGHT = 4
+# What decides the time of a training step, besides model, numerics, loss and data.
+_COSTLY = ("max_length", "batch_size", "dropout", "deterministic", "evaluate_every", "n_evaluation_examples")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a run, in the order in which it comes.
+
+    ``title`` is what a run prints, ``stage`` where it lies in the cache. ``fingerprint`` is None where it depends on
+    answers that are not there yet. ``work`` counts what is left to do, in ``unit``s: texts that are not there yet
+    count as one response each, although equal ones are scored once. ``seconds`` and ``bytes`` are None if nothing like
+    it was ever measured; ``basis`` says what they come from.
+    """
+
+    title: str
+    stage: str
+    fingerprint: str | None
+    action: Literal["reuse", "build", "extend"]
+    work: int
+    unit: str
+    seconds: float | None
+    bytes: int | None
+    basis: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of one run; ``makes`` names what it would add to the cache, for ``also_built`` of the next plan."""
+
+    steps: tuple[Step, ...]
+    makes: frozenset[str]
+
+    @property
+    def todo(self) -> list[Step]:
+        return [step for step in self.steps if step.action != "reuse"]
+
+    @property
+    def seconds(self) -> float:
+        """The sum of the times that are known; starting Python and loading data come on top."""
+        return sum(step.seconds or 0.0 for step in self.steps)
+
+    @property
+    def bytes(self) -> int:
+        """The sum of the sizes that are known."""
+        return sum(step.bytes or 0 for step in self.steps)
+
+    @property
+    def without_time(self) -> list[str]:
+        """Titles of the stages whose time is not known, each once."""
+        return list(dict.fromkeys(step.title for step in self.steps if step.seconds is None))
+
+    @property
+    def without_size(self) -> list[str]:
+        """Titles of the stages whose size is not known, each once."""
+        return list(dict.fromkeys(step.title for step in self.steps if step.bytes is None))
+
+
+def plan(experiment: Experiment, *, also_built: Collection[str] = ()) -> Plan:
+    """What a run of ``experiment`` would build and reuse; loads no weights and changes nothing in the cache.
+
+    ``also_built`` are the ``makes`` of plans whose runs come before this one. Raises UserError where the run would,
+    as far as that can be known without running.
+    """
+    results.check_objectives(experiment.objectives)
+    bench = pipeline._workbench(experiment)
+    bench.cache = _ReadOnly(bench.cache.root, bench.cache.verify)
+    training = pipeline._training_rows(experiment)
+    encoder = ChatEncoder(experiment.model.load_tokenizer())
+    prompts = pipeline._evaluation_prompts(experiment)
+    experiment.reward.check(prompts)
+    planner = _Planner(experiment, bench, encoder, frozenset(also_built))
+    _add_stages(planner, training, prompts)
+    return Plan(tuple(planner.steps), frozenset(planner.makes))
+
+
+def lines(found: Plan) -> list[str]:
+    """A plan as a table with totals, and what is not known."""
+    rows = [("stage", "id", "", "work", "time", "disk", "measured on")]
+    for step in found.steps:
+        todo = step.action != "reuse"
+        rows.append(
+            (
+                step.title,
+                short(step.fingerprint) if step.fingerprint else "?",
+                step.action,
+                f"{step.work:,} {step.unit}{'s' if step.work != 1 else ''}" if todo else "-",
+                "-" if not todo else "?" if step.seconds is None else _duration(step.seconds),
+                "-" if not todo else "?" if step.bytes is None else size(step.bytes),
+                step.basis,
+            )
+        )
+    told = aligned(rows)
+    if not found.todo:
+        return [*told, "dry run: everything is in the cache, a run would build nothing"]
+    told.append(
+        f"dry run: {len(found.todo)} of {len(found.steps)} stages to build or extend, "
+        f"{_total(_duration(found.seconds), found.seconds > 0, found.without_time)} of time, "
+        f"{_total(size(found.bytes), found.bytes > 0, found.without_size)} of disk"
+    )
+    for what, titles in (("time", found.without_time), ("size", found.without_size)):
+        if titles:
+            told.append(f"no {what} known for {', '.join(titles)}: nothing like it has run with this cache")
+    return told
+
+
+def _total(text: str, any_known: bool, unknown: Sequence[str]) -> str:
+    if not unknown:
+        return f"about {text}"
+    return f"at least {text}" if any_known else "an unknown amount"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class _ReadOnly(Cache):
+    """A cache in which nothing can be made: no entry, no lock, no directory."""
+
+    def make(self, name: str) -> Path:
+        raise UserError(f"{self.root / name}: a dry run makes no files")
+
+
+# --- the stages of a run, as in the pipeline -------------------------------------------------------------------------
+
+
+@dataclass
+class _Planner:
+    """Collects the steps of one run; ``makes`` are fingerprints of artifacts and ``fingerprint:key`` of rows."""
+
+    experiment: Experiment
+    bench: Workbench
+    encoder: ChatEncoder
+    before: frozenset[str]
+    steps: list[Step] = field(default_factory=list)
+    makes: set[str] = field(default_factory=set)
+    model: Json = None  # the identity of the model that all others in this run come from
+
+    @functools.cached_property
+    def past(self) -> _Past:
+        return _Past(self.bench.cache)
+
+    def artifact(self, title: str, slot: Slot, work: int, unit: str, *, guessed: bool = False) -> None:
+        """Plan an artifact; ``guessed``: its fingerprint stands for one that is not known yet."""
+        known = None if guessed else slot.fingerprint
+        if (not guessed and slot.complete()) or self._made(slot.fingerprint):
+            self._reuse(title, slot, known, unit)
+            return
+        self.makes.add(slot.fingerprint)
+        done = checkpoint_step(slot.work)
+        kind, scale = _kind(slot.stage, slot.stage, slot.inputs, self.model)
+        seconds, basis = self.past.seconds(kind, (work - done) * scale)
+        parts = [f"continues after step {done}"] if done else []
+        parts += [basis] if basis else []
+        found = self.past.size(kind)
+        if found is None and slot.stage in ("sft", "preference") and not _lora(slot.inputs):
+            found = _model_bytes(self.experiment.model)
+            parts += ["disk: the weights alone"] if found is not None else []
+        size_ = None if found is None else round(found)
+        self.steps.append(Step(title, slot.stage, known, "build", work - done, unit, seconds, size_, "; ".join(parts)))
+
+    def store(self, title: str, store: Store[Any], keys: Sequence[str], unit: str) -> None:
+        """Plan the rows ``keys`` of a store."""
+        missing = [f"{store.fingerprint}:{key}" for key in store.missing(keys)]
+        missing = [row for row in missing if not self._made(row)]
+        if not missing:
+            self._reuse(title, store, store.fingerprint, unit)
+            return
+        self.makes.update(missing)
+        kind, _ = _kind(store.stage, title, store.inputs, self.model)
+        seconds, basis = self.past.seconds(kind, len(missing))
+        found = self.past.size(kind)
+        self.steps.append(
+            Step(
+                title,
+                store.stage,
+                store.fingerprint,
+                "extend" if store.n_rows() else "build",
+                len(missing),
+                unit,
+                seconds,
+                None if found is None else round(found * len(missing)),
+                basis,
+            )
+        )
+
+    def _made(self, what: str) -> bool:
+        return what in self.before or what in self.makes
+
+    def _reuse(self, title: str, entry: Entry, known: str | None, unit: str) -> None:
+        self.steps.append(Step(title, entry.stage, known, "reuse", 0, unit, 0.0, 0, ""))
+
+
+def _add_stages(
+    planner: _Planner, training: Mapping[Any, Sequence[PreferenceExample]], prompts: Sequence[Prompt]
+) -> None:
+    experiment, bench, encoder = planner.experiment, planner.bench, planner.encoder
+    reference, policy = _add_start(planner)
+    for phase in experiment.phases.values():
+        base = reference if phase.reference == "sft" else policy
+        slot = _add_phase(planner, phase, training[phase.loss.trains_on], policy, base)
+        if slot.complete() and _outcome(slot.manifest()).get("status") == "diverged":
+            planner.steps[-1] = dataclasses.replace(planner.steps[-1], basis="diverged: the run would end here")
+            return
+        policy = slot.fingerprint
+
+    own = answers_store(bench, policy, experiment.generation, encoder)
+    other = answers_store(bench, reference, experiment.generation, encoder)
+    scored = _add_rewards(planner, {"answers": own, "baseline": other}, prompts)
+    train, kl_prompts, pairs = pipeline.drift_data(experiment, prompts, encoder)
+    there = _there(own, [prompt.prompt_id for prompt in kl_prompts])
+    if guessed := len(there) < len(kl_prompts):
+        ids = [prompt.prompt_id for prompt in kl_prompts]
+    else:
+        ids = [example.example_id for example in encoder.answers(kl_prompts, there)]
+    slot = drift_slot(bench, policy, reference, ids, pairs, train)
+    planner.artifact("drift", slot, n_responses(len(ids), pairs), "response", guessed=guessed)
+    parents = [own.fingerprint, other.fingerprint, scored.fingerprint]
+    planner.artifact("compare", compare_slot(bench, prompts, parents, experiment.evaluation), len(prompts), "prompt")
+
+
+def _add_start(planner: _Planner) -> tuple[str, str]:
+    """The models that the run begins with: (reference, policy)."""
+    experiment, bench, encoder = planner.experiment, planner.bench, planner.encoder
+    if experiment.init_from is not None:
+        found, policy = finished_slots(bench, experiment.init_from, encoder)
+        planner.model = planner.past.model_of(found.manifest())
+        planner.artifact(found.stage, found, 0, "step")
+        planner.artifact("policy", policy, 0, "step")
+        return found.fingerprint, policy.fingerprint
+    train = experiment.sft.train
+    slot = sft_slot(bench, experiment.model, experiment.dataset, experiment.sft, encoder)
+    planner.model = cast("Mapping[str, Json]", slot.inputs)["model"]
+    if train is None:
+        planner.artifact("sft", slot, 1, "model")
+        return slot.fingerprint, slot.fingerprint
+    n_examples = 0
+    if train.steps is None and not slot.complete():  # only then their number has a say
+        n_examples = len(sft_examples(experiment.dataset, train, experiment.sft.seed, encoder).examples)
+    planner.artifact("sft", slot, n_steps(train, n_examples), "step")
+    return slot.fingerprint, slot.fingerprint
+
+
+def _add_phase(planner: _Planner, phase: Phase, training: Sequence[PreferenceExample], start: str, base: str) -> Slot:
+    """One preference phase; returns the place of its policy."""
+    experiment, bench, encoder = planner.experiment, planner.bench, planner.encoder
+    data = pipeline.phase_data(experiment, bench, phase, training, encoder)
+    examples: tuple[EncodedExample, ...] = (*data.examples, *data.held_out)
+    parents, unknown = [], []
+    if "generated" in phase.loss.uses_roles:
+        store = answers_store(bench, base, experiment.generation, encoder)
+        keys = [prompt.prompt_id for prompt in data.prompts]
+        planner.store("y_gen", store, keys, "answer")
+        parents.append(store.fingerprint)
+        there = _there(store, keys)
+        unknown = [_unknown(store, key) for key in keys if key not in there]
+        answered = [example for example in examples if example.prompt_id in there]
+        rest = [example for example in examples if example.prompt_id not in there]
+        examples = (*encoder.add_generated(answered, there, data.max_length), *rest)
+    if phase.loss.uses_reference:
+        logps = reference_store(bench, base, phase.train)
+        planner.store("reference", logps, [*response_keys(examples), *unknown], "response")
+        parents.append(logps.fingerprint)
+    steps = n_steps(phase.train, len(data.examples))
+    if phase is list(experiment.phases.values())[-1]:
+        _, prompts = pipeline.interim_data(experiment, steps, bool(data.held_out))
+        if prompts:
+            _add_rewards(planner, {"baseline": answers_store(bench, base, experiment.generation, encoder)}, prompts)
+    slot = preference_slot(bench, phase, start, parents, data=experiment.dataset.identity(), seed=experiment.seed)
+    planner.artifact("preference", slot, steps, "step")
+    return slot
+
+
+def _add_rewards(planner: _Planner, stores: Mapping[str, Store[Json]], prompts: Sequence[Prompt]) -> Store[Json]:
+    """Answers of models to ``prompts``, their stores by title, and the rewards of all; returns the rewards' store."""
+    keys, texts = [prompt.prompt_id for prompt in prompts], []
+    for title, store in stores.items():
+        planner.store(title, store, keys, "answer")
+        there = _there(store, keys)
+        for prompt in prompts:
+            answer = there.get(prompt.prompt_id)
+            texts.append(_unknown(store, prompt.prompt_id) if answer is None else score_key(prompt, answer.text))
+    scored = scores_store(planner.bench, planner.experiment.reward)
+    planner.store("scores", scored, texts, "response")
+    return scored
+
+
+def _there(store: Store[Json], keys: Sequence[str]) -> dict[str, Generation]:
+    """The answers among ``keys`` that the store has."""
+    missing = set(store.missing(keys))
+    return stored_answers(store, [key for key in keys if key not in missing])
+
+
+def _unknown(store: Store[Json], prompt_id: str) -> str:
+    """Stands for the key of an answer that is not there yet; no real key has a question mark."""
+    return f"?{store.fingerprint}:{prompt_id}"
+
+
+def _model_bytes(model: Model) -> int | None:
+    weights = n_parameters(model)
+    return None if weights is None else weights * _BYTES_PER_WEIGHT
+
+
+# --- what earlier runs took ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a measurement is a measurement of; hashes, to be compared.
+
+    ``subject`` must agree for it to say anything: the model with its numerics and adapters, for scores the reward. The
+    nearer in ``settings`` and ``title`` the better.
+    """
+
+    stage: str
+    title: str
+    subject: str | None  # None: not known any more
+    settings: str
+
+
+def _kind(stage: str, title: str, inputs: Json, model: Json) -> tuple[_Kind, float]:
+    """The kind of a stage, and by how much one unit of its work counts, so that other batch sizes compare."""
+    content = cast("Mapping[str, Any]", inputs)
+    subject: str | None
+    settings: Json = None
+    scale = 1.0
+    if stage == "scores":
+        subject = fingerprint(content["reward"])
+    elif stage == "compare":
+        subject, scale = "", float(content["n_bootstrap"])
+    else:
+        numerics = {key: value for key, value in (content.get("numerics") or {}).items() if key != "torch"}
+        subject = None if model is None else fingerprint([model, numerics, _lora(inputs)])
+        settings = content.get("decoding")
+    if stage in ("sft", "preference") and (train := content["settings"]) is not None:
+        scale = float(train["batch_size"])
+        settings = {
+            "loss": _without_numbers(content.get("loss")),
+            "data": content["data"],
+            "train": {key: train[key] for key in _COSTLY},
+        }
+    return _Kind(stage, title, subject, fingerprint(settings)), scale
+
+
+def _lora(inputs: Json) -> Json:
+    settings = cast("Mapping[str, Any]", inputs).get("settings")
+    return None if settings is None else cast("Json", settings["lora"])
+
+
+def _without_numbers(value: Json) -> Json:
+    """A loss without its strengths and temperatures, which cost nothing."""
+    if isinstance(value, Mapping):
+        return {key: _without_numbers(item) for key, item in value.items() if not isinstance(item, float)}
+    return value
+
+
+@dataclass
+class _Past:
+    """Measurements of finished stages, oldest first: seconds per unit of work, bytes per artifact or row."""
+
+    layout: Layout
+    times: list[tuple[_Kind, float]] = field(default_factory=list)
+    sizes: list[tuple[_Kind, float]] = field(default_factory=list)
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        items = [item for item in maintenance.contents(self.layout) if item.kind not in ("unfinished", "damaged")]
+        for item in items:
+            with suppress(Damaged):  # removed or altered since
+                self.manifests[item.fingerprint] = Manifest.read(item.path)
+        items = [item for item in items if item.fingerprint in self.manifests]
+        for item in sorted(items, key=lambda item: self.manifests[item.fingerprint].created):
+            manifest = self.manifests[item.fingerprint]
+            kind, scale = _kind(item.stage, item.stage, manifest.inputs, self.model_of(manifest))
+            if item.rows is None:
+                self.sizes.append((kind, item.bytes))
+                if work := _work(manifest):
+                    self.times.append((kind, manifest.timings["total"] / (work * scale)))
+            elif item.rows:
+                self.sizes.append((kind, item.bytes / item.rows))
+        for record in _records(self.layout):
+            manifest_ = self.manifests.get(record["fingerprint"])
+            if manifest_ is not None and record.get("rows"):
+                kind, _ = _kind(manifest_.stage, record["stage"], manifest_.inputs, self.model_of(manifest_))
+                self.times.append((kind, record["seconds"] / record["rows"]))
+
+    def model_of(self, manifest: Manifest) -> Json:
+        """The identity of the model that something was made with; None if the cache has lost it."""
+        found: Manifest | None = manifest
+        while found is not None and found.stage != "sft":
+            found = self.manifests.get(found.parents[0]) if found.parents else None
+        return None if found is None else cast("Mapping[str, Json]", found.inputs)["model"]
+
+    def seconds(self, kind: _Kind, work: float) -> tuple[float | None, str]:
+        """(estimate, what it is based on); (None, "") without a measurement of anything like it."""
+        rates, exact = _nearest(self.times, kind)
+        if not rates:
+            return None, ""
+        runs = f"{len(rates)} earlier run{'s' if len(rates) != 1 else ''}"
+        of = {"scores": " of this reward", "compare": ""}.get(kind.stage, " of this model")
+        return median(rates) * work, f"{runs}{of}{'' if exact else ' with other settings'}"
+
+    def size(self, kind: _Kind) -> float | None:
+        sizes, _ = _nearest(self.sizes, kind)
+        return median(sizes) if sizes else None
+
+
+def _nearest(past: Sequence[tuple[_Kind, float]], kind: _Kind) -> tuple[list[float], bool]:
+    """The latest measurements of the nearest kind, and whether their settings are the same."""
+    same = [(one, value) for one, value in past if (one.stage, one.subject) == (kind.stage, kind.subject)]
+    if kind.subject is None or not same:
+        return [], False
+    alike = [(one, value) for one, value in same if one.settings == kind.settings]
+    titled = [(one, value) for one, value in alike if one.title == kind.title]
+    return [value for _, value in (titled or alike or same)[-_LATEST:]], bool(alike)
+
+
+def _work(manifest: Manifest) -> int:
+    """The units of work that the seconds of an artifact were spent on; 0 if it does not say."""
+    extra = cast("Mapping[str, Any]", manifest.extra)
+    if manifest.stage in ("sft", "preference"):
+        if cast("Mapping[str, Any]", manifest.inputs)["settings"] is None:
+            return 1
+        return int(_outcome(manifest).get("steps", 0)) - int(extra.get(CONTINUED, 0))
+    return int(extra.get(WORK, 0))
+
+
+def _outcome(manifest: Manifest) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", manifest.extra.get("outcome") or {})
+
+
+def _records(layout: Layout) -> Iterator[Mapping[str, Any]]:
+    """What the latest runs that used the cache noted about their stages, oldest first."""
+    found = []
+    for note in (layout.root / ".runs").glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            path = Path(json.loads(note.read_bytes())["run"]) / "result.json"
+            found.append((path.stat().st_mtime, path))
+    for _, path in sorted(found)[-_RUNS:]:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            yield from json.loads(path.read_bytes())["timings"]["stages"]
