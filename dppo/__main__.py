@@ -157,8 +157,6 @@ def _main() -> int:
     try:
         if checking == "multirun":
             sweeper = _sweeper(overrides)
-            if nowhere is not None and _is_search(sweeper):
-                raise UserError("dry_run=true: a search chooses its trials as it goes; try one of them without -m")
             if space := _search_space(sweeper, overrides):
                 overrides = [*space, *overrides]
                 places = [at for at, word in enumerate(sys.argv) if at and not word.startswith("-")]

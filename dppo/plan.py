@@ -132,7 +132,7 @@ def lines(found: Plan) -> list[str]:
                 short(step.fingerprint) if step.fingerprint else "?",
                 step.action,
                 f"{step.work:,} {step.unit}{'s' if step.work != 1 else ''}" if todo else "-",
-                "-" if not todo else "?" if step.seconds is None else _duration(step.seconds),
+                "-" if not todo else "?" if step.seconds is None else duration(step.seconds),
                 "-" if not todo else "?" if step.bytes is None else size(step.bytes),
                 step.basis,
             )
@@ -142,7 +142,7 @@ def lines(found: Plan) -> list[str]:
         return [*told, "dry run: everything is in the cache, a run would build nothing"]
     told.append(
         f"dry run: {len(found.todo)} of {len(found.steps)} stages to build or extend, "
-        f"{_total(_duration(found.seconds), found.seconds > 0, found.without_time)} of time, "
+        f"{_total(duration(found.seconds), found.seconds > 0, found.without_time)} of time, "
         f"{_total(size(found.bytes), found.bytes > 0, found.without_size)} of disk"
     )
     for what, titles in (("time", found.without_time), ("size", found.without_size)):
@@ -157,7 +157,8 @@ def _total(text: str, any_known: bool, unknown: Sequence[str]) -> str:
     return f"at least {text}" if any_known else "an unknown amount"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time to read."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)

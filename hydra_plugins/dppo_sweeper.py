@@ -40,6 +40,8 @@ _NO_INFLUENCE = ("cache.", "device", "tracking.", "dry_run", "evaluation.interim
 _POINTS = 4
 _PRUNABLE = ("objective", "win_rate.", "reward.policy", "reward.delta", "held_out.accuracy")
 _CALIBRATED = "calibrated"
+# A forecast plans so many different trials.
+_FORECAST = 8
 
 
 class OptunaSweeper(Sweeper):
@@ -83,6 +85,10 @@ class OptunaSweeper(Sweeper):
         experiment, configuration = self._check(space, fixed, settings)
         directory = Path(str(self._config.hydra.sweep.dir))
         baselines = [self._baseline(text, fixed) for text in settings.baselines]
+        if experiment.dry_run:
+            for line in self._forecast(space, sampler, fixed, settings, baselines):
+                say(line)
+            return
         storage = reach(settings, directory)
         space, scale = self._calibrated(space, fixed, directory)
         enqueued = [self._enqueued(text, space) for text in settings.enqueue]
@@ -404,6 +410,41 @@ class OptunaSweeper(Sweeper):
             f"{found['n_pairs']} training pairs, {found['open']:.0%} of them ranked wrongly"
         )
         return Space(tuple(parameters), space.when, space.fixed), [line]
+
+    def _forecast(
+        self,
+        space: Space,
+        sampler: Sampler,
+        fixed: Sequence[str],
+        settings: SearchSettings,
+        baselines: Sequence[tuple[str, list[str]]],
+    ) -> list[str]:
+        """What the search would cost: trials as they are at the ends of the space, in equal shares."""
+        from dppo import config
+        from dppo.search.forecast import Kind, forecast
+
+        def kind(title: str, n_runs: int, words: Sequence[str]) -> Kind:
+            def experiment(seed: int) -> Experiment:
+                own = [word for word in words if not word.startswith("seed=")] + [f"seed={seed}"]
+                return config.load(self._compose(own), own)
+
+            return Kind(title, n_runs, experiment)
+
+        limit = sampler.limit(space)
+        n_trials = settings.n_trials if limit is None else min(limit, settings.n_trials)
+        ends = list(space.corners(_FORECAST))[:_FORECAST]
+        kinds = [kind(f"baseline {name}", settings.replicates, words) for name, words in baselines]
+        for at, values in enumerate(ends):
+            own = space.words(values)
+            share = len(range(at, n_trials, len(ends))) * settings.replicates
+            kinds.append(kind(f"trials such as {' '.join(own)}", share, [*fixed, *own]))
+        test = [word for word in fixed if not word.startswith(("evaluation.split=", "evaluation.interim."))]
+        test += [*space.words(ends[0]), "evaluation.split=test"]
+        kinds.append(kind("results of the best", settings.test_seeds, test))
+        for name, words in baselines:
+            own = [word for word in words if not word.startswith("evaluation.split=")]
+            kinds.append(kind(f"results of {name}", settings.test_seeds, [*own, "evaluation.split=test"]))
+        return forecast(kinds, settings.n_jobs)
 
     def _enqueued(self, text: str, space: Space) -> Values:
         """The values of a trial that the user gives."""

@@ -14,6 +14,7 @@ from typing import Any
 from dppo.artifacts.files import disk_errors
 from dppo.errors import Pruned, UserError
 from dppo.evaluation.win_rates import Interval
+from dppo.plan import duration
 from dppo.results import command_line
 from dppo.search.measured import by_prompt, measured
 from dppo.search.pruners import Pruner
@@ -93,7 +94,7 @@ class Runner:
         left = self.study.total - asked.index - 1
         recent = self.seconds[-5:]
         seconds = left * sum(recent) / len(recent) / self.study.settings.n_jobs
-        return f"; {left} to go, about {_duration(seconds)}" if left else ""
+        return f"; {left} to go, about {duration(seconds)}" if left else ""
 
     def _seeds(self, asked: Asked, place: Path) -> tuple[list[float], str, list[list[float]]]:
         """Values of the objectives over all replicates, with their intervals."""
@@ -196,8 +197,3 @@ def _status(place: Path) -> str:
 def _shown(path: str, value: float, bounds: Sequence[float]) -> str:
     _, low, high = bounds if len(bounds) == 3 else (value, math.nan, math.nan)
     return f"{path} {value:.6g}" + ("" if math.isnan(low) else f" [{low:.4g}, {high:.4g}]")
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
