@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from dppo.batches import batches, collate
 from dppo.config import Experiment, Phase, TrainSettings
 from dppo.data import Dataset, LabelledDataset, RankedDataset
 from dppo.data.encoding import ChatEncoder, EncodedSet
+from dppo.data.kept import Kept
 from dppo.data.shapes import one_row_per_prompt, with_answers_of_the_row_before, with_answers_to_other_prompts
 from dppo.data.subsets import nested_subset
 from dppo.errors import Pruned, UserError
@@ -56,6 +58,8 @@ Verdict = Callable[[Metrics], str | None]
 # Held-out pairs and evaluation prompts are the same for every seed, so that runs can be compared prompt by prompt.
 FIXED = 0
 _PAIRS_PER_BATCH = 1024
+_read: Kept[list[PreferenceExample]] = Kept(4)
+_asked: Kept[list[Prompt]] = Kept(4)
 
 
 def run(
@@ -309,7 +313,7 @@ def interim_data(experiment: Experiment, steps: int, has_pairs: bool) -> tuple[d
         )
     if settings.metric == "accuracy" and settings.max_kl is None:
         return percent_at, []
-    prompts = nested_subset(experiment.dataset.prompts("validation"), settings.n_prompts, FIXED)
+    prompts = nested_subset(_prompts(experiment.dataset, "validation"), settings.n_prompts, FIXED)
     if not prompts:
         raise UserError("evaluation.interim.n_points: the data set has no validation prompts; set it to 0")
     experiment.reward.check(prompts)
@@ -318,11 +322,16 @@ def interim_data(experiment: Experiment, steps: int, has_pairs: bool) -> tuple[d
 
 def _rows(dataset: Dataset, shape: Shape, split: Split) -> list[PreferenceExample]:
     """The data set's examples in the shape that a loss trains on; a pair serves every loss."""
+    key = json.dumps(dataset.identity(), sort_keys=True)
     if shape == "ranked" and isinstance(dataset, RankedDataset):
-        return dataset.ranked(split)
+        return _read.get((key, shape, split), lambda: dataset.ranked(split))
     if shape == "labelled" and isinstance(dataset, LabelledDataset):
-        return dataset.labelled(split)
-    return dataset.pairs(split)
+        return _read.get((key, shape, split), lambda: dataset.labelled(split))
+    return _read.get((key, "pairs", split), lambda: dataset.pairs(split))
+
+
+def _prompts(dataset: Dataset, split: Split) -> list[Prompt]:
+    return _asked.get((json.dumps(dataset.identity(), sort_keys=True), split), lambda: dataset.prompts(split))
 
 
 @dataclass(frozen=True)
@@ -363,7 +372,7 @@ def drift_data(
     evaluation = experiment.evaluation
     train = next(iter(experiment.phases.values())).train if experiment.phases else experiment.sft.train
     assert train is not None  # the door refuses a run that trains nothing
-    pairs = nested_subset(experiment.dataset.pairs(evaluation.split), evaluation.n_pairs, FIXED)
+    pairs = nested_subset(_rows(experiment.dataset, "pairs", evaluation.split), evaluation.n_pairs, FIXED)
     kl_prompts = nested_subset(prompts, evaluation.n_kl_prompts, FIXED)
     return train, kl_prompts, encoder.encode(pairs, None).examples if pairs else ()
 
@@ -415,7 +424,7 @@ def _seen(examples: Sequence[EncodedExample], phase: Phase, seed: int) -> tuple[
 
 def _evaluation_prompts(experiment: Experiment) -> list[Prompt]:
     evaluation = experiment.evaluation
-    prompts = nested_subset(experiment.dataset.prompts(evaluation.split), evaluation.n_prompts, FIXED)
+    prompts = nested_subset(_prompts(experiment.dataset, evaluation.split), evaluation.n_prompts, FIXED)
     if not prompts:
         raise UserError(f"evaluation.split={evaluation.split}: the data set has no prompts in this split")
     return prompts

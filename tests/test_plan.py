@@ -215,7 +215,17 @@ def test_the_command_line_prints_the_table_and_leaves_nothing(
         status = typed(monkeypatch, tmp_path, *words, wrong)
         output = capfd.readouterr()
         is_one_line(status, output.err, output.out, named)
-    status = typed(monkeypatch, tmp_path, "-m", "hydra/sweeper=optuna", "alpha=interval(0.1,1)", "dry_run=true")
-    output = capfd.readouterr()
-    is_one_line(status, output.err, output.out, ["dry_run=true", "a search"])
+
+
+def test_a_search_says_what_its_runs_would_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = small("-m", "+sweep=alpha", "dry_run=true", "hydra.sweeper.n_trials=5", "hydra.sweeper.replicates=2")
+    assert typed(monkeypatch, tmp_path, *words) == 0
+    told = capfd.readouterr().out
+    rows = {line.split("  ")[0]: line.split() for line in told.splitlines()}
+    assert rows["trials such as alpha=0.001"][4] == "6", "three of five trials, two seeds"
+    assert rows["trials such as alpha=1.0"][4] == "4"
+    assert rows["results of the best"][4] == rows["results of loss=dpo"][3] == "3"
+    assert "dry run: 28 runs" in told, "5 x 2 trials, 3 x 2 baselines, 4 x 3 results"
     assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dppo.data.ids import ID_DIGITS, content_hash
+from dppo.data.kept import Kept
 from dppo.data.rows import listed
 from dppo.errors import UserError
 from dppo.types import EncodedExample, EncodedResponse, Generation, Message, PreferenceExample, Prompt
@@ -60,6 +61,9 @@ class _Rendered:
     prompt: str
     answers: tuple[str, ...]
     mark: str | None
+
+
+_encoded: Kept[EncodedSet] = Kept(8)
 
 
 class ChatEncoder:
@@ -135,6 +139,21 @@ class ChatEncoder:
 
         Raises UserError if no example is left, or none was given.
         """
+        made = (self._identity, max_length, key, tuple(examples))
+        return _encoded.get(made, lambda: self._encode(examples, max_length, key))
+
+    @functools.cached_property
+    def _identity(self) -> str:
+        """What decides the ids of a text, and where it is cut."""
+        parts = [self._tokenizer_text(), self.template_text, str(self.tokenizer.model_max_length)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def _tokenizer_text(self) -> str:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        # One without a backend in Rust can't be told from its copy.
+        return str(backend.to_str()) if backend is not None else str(id(self.tokenizer))
+
+    def _encode(self, examples: Sequence[PreferenceExample], max_length: int | str | None, key: str) -> EncodedSet:
         if not examples:
             raise UserError("there are no examples to tokenise")
         left_out: Counter[str] = Counter()
