@@ -79,9 +79,10 @@ def _front(study: Study, done: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 def shown_winners(study: Study) -> list[FrozenTrial]:
     """The best trials that are scored on test prompts: all, or some of a long Pareto front."""
-    winners = sorted(best(study), key=lambda trial: trial.values[0])
+    winners = best(study)
     if isinstance(study.sampler, Stratified) or len(winners) <= _MOST_RESULTS:
         return winners
+    winners.sort(key=lambda trial: trial.values[0])
     places = np.linspace(0, len(winners) - 1, _MOST_RESULTS).round().astype(int)
     return [winners[place] for place in places]
 

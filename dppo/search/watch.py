@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dppo.search.pruners import Pruner, pruner_from
-from dppo.search.study import INDEX, counting, open_storage, shown
+from dppo.search.study import counting, open_storage, shown
 
 if TYPE_CHECKING:
     import optuna
@@ -56,13 +57,14 @@ class Watch:
             self.study._storage.set_trial_system_attr(trials[place]._trial_id, key, found)
         if not ends:
             return None
-        others = [
-            own[percent]
-            for at, own in values.items()
-            if percent in own and at != place and trials[at].user_attrs[INDEX] != trials[place].user_attrs[INDEX]
-        ]
-        beside = f"; the median of {len(others)} trials is {sorted(others)[len(others) // 2]:.3f}" if others else ""
-        return f"{value:.3f} after {percent} % of training{beside} ({self.pruner.name} pruner)"
+        came = [own[percent] for at, own in values.items() if percent in own and at != place]
+        beside = f"{len(came)} others came this far"
+        if self.pruner.name == "median":
+            done = [
+                own[percent] for at, own in values.items() if percent in own and trials[at].state.name == "COMPLETE"
+            ]
+            beside = f"the median of {len(done)} completed trials is {median(done):.3f}"
+        return f"{value:.3f} after {percent} % of training, {beside} ({self.pruner.name} pruner)"
 
 
 def watch(settings: Mapping[str, Any], number: int) -> Callable[[Mapping[str, float | int]], str | None]:

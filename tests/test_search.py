@@ -1,0 +1,304 @@
+"""Whole searches: pruned, killed and resumed, with workers, replicates, baselines and results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+import yaml
+from optuna.trial import TrialState
+
+from dppo.search import study as studies
+from tests.conftest import Run, small
+from tests.test_command_line import is_one_line, typed
+from tests.test_sweeper import counted, load, rows
+
+# Longer answers win: a matter of the learning rate, so that trials differ and bad ones are seen early.
+PRUNED = [
+    "-m",
+    "hydra/sweeper=optuna",
+    "loss=dpo",
+    "reward=length",
+    "evaluation.split=validation",
+    "train.learning_rate=tag(log,interval(1e-4,1e-1))",
+    "hydra.sweeper.pruner.n_startup_trials=2",
+    "hydra.sweeper.sampler.n_startup_trials=4",
+    *small("train.steps=20"),
+]
+
+
+def outcome(study: optuna.Study) -> list[Any]:
+    return [
+        (trial.params, trial.state, trial.value, trial.intermediate_values, trial.user_attrs.get(studies.WHY))
+        for trial in counted(study)
+    ]
+
+
+def begun(directory: Path) -> int:
+    return len(list(directory.glob("[0-9]*/config.yaml")))
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen[Any] | None = None) -> None:
+    while not condition():
+        assert process is None or process.poll() is None, "it ended before"
+        time.sleep(0.005)
+
+
+def test_a_pruned_search_killed_at_random_ends_as_an_undisturbed_one(dppo: Run, tmp_path: Path) -> None:
+    budget = "hydra.sweeper.n_trials=12"
+    whole = dppo(*PRUNED, budget)
+    assert whole.returncode == 0, whole.stderr
+    undisturbed = outcome(load(tmp_path, "search"))
+    states = [state for _, state, *_ in undisturbed]
+    assert states.count(TrialState.PRUNED) >= 3
+    assert states.count(TrialState.PRUNED) + states.count(TrialState.COMPLETE) == 12
+    directory = tmp_path / "outputs" / "sweeps" / "search"
+    (pruned, *_) = [trial for trial in counted(load(tmp_path, "search")) if trial.state == TrialState.PRUNED]
+    result = json.loads((directory / str(pruned.number) / "result.json").read_text())
+    assert result["status"] == "pruned"
+    assert [row["percent"] for row in result["interim"]] == list(pruned.intermediate_values)
+    assert pruned.user_attrs[studies.WHY] == result["pruned"]["reason"]
+    assert "median pruner" in result["pruned"]["reason"]
+    assert not (directory / str(pruned.number) / "samples.jsonl").exists()
+    assert f"trial {pruned.number} pruned: " in whole.stdout
+    assert "interim and final ranking agree (Spearman" in whole.stdout
+
+    chance = random.Random(0)
+    words = [*PRUNED, budget, "hydra.sweeper.study_name=other", "cache.dir=other", "hydra.sweeper.resume=true"]
+    directory = tmp_path / "outputs" / "sweeps" / "other"
+    for more in (1, 3, 3):
+        target = begun(directory) + more
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dppo", *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        until(lambda target=target: begun(directory) >= target, process)  # type: ignore[misc]
+        time.sleep(chance.uniform(0, 0.8))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    resumed = dppo(*words)
+    assert resumed.returncode == 0, resumed.stderr
+    study = load(tmp_path, "other")
+    assert outcome(study) == undisturbed
+    assert len({str(trial.params) for trial in counted(study)}) == 12
+    abandoned = [trial for trial in study.get_trials() if studies.ABANDONED in trial.user_attrs]
+    assert len(study.get_trials()) == 12 + len(abandoned)
+
+
+def test_four_workers_build_each_stage_once_and_one_that_is_killed_loses_only_its_trial(
+    tmp_path: Path,
+) -> None:
+    words = [*PRUNED, "hydra.sweeper.n_trials=10", "hydra.sweeper.n_jobs=4", "hydra/sweeper/pruner=none"]
+    words = [word for word in words if "n_startup_trials=2" not in word]
+    words.append('hydra.sweeper.baselines=["loss=none"]')
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dppo", *words], cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT
+        )
+    directory = tmp_path / "outputs" / "sweeps" / "search"
+    until(lambda: begun(directory) >= 2, process)
+    running = [trial for trial in load(tmp_path, "search").get_trials() if trial.state == TrialState.RUNNING]
+    victim = running[0]
+    os.kill(victim.user_attrs[studies.OWNER]["pid"], signal.SIGKILL)
+    assert process.wait(timeout=240) == 0, log.read_text()
+    study = load(tmp_path, "search")
+    trials = counted(study)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 10
+    assert len({trial.params["train.learning_rate"] for trial in trials}) == 10
+    abandoned = [trial for trial in study.get_trials() if studies.ABANDONED in trial.user_attrs]
+    assert [trial.number for trial in abandoned] == [victim.number]
+    logs = "".join(path.read_text() for path in (directory / "workers").glob("*.log"))
+    for stage, first in {"sft": "sft", "reference": "reference"}.items():
+        assert logs.count(f"the first {first}") == 1, f"{stage} is built once"
+    assert len({trial.user_attrs[studies.OWNER]["pid"] for trial in trials}) > 1
+    shown = log.read_text()
+    assert "was killed by signal 9" in shown
+    assert "[worker " in shown
+    assert "result" not in shown.partition("\ntrial  ")[0]
+    assert len(rows(directory / "trials.csv")) == 11
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    words = [*PRUNED, "hydra.sweeper.n_trials=50", "hydra.sweeper.n_jobs=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dppo", *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    until(lambda: begun(tmp_path / "outputs" / "sweeps" / "search") >= 2, process)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
+def test_replicates_baselines_constraints_and_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        *PRUNED,
+        "loss=unll",
+        "alpha=choice(0.001,1.0)",
+        "train.learning_rate=choice(1e-4,0.08)",
+        "hydra.sweeper.labels={alpha:scientific}",
+        "hydra/sweeper/pruner=none",
+        "hydra.sweeper.n_trials=4",
+        "hydra.sweeper.replicates=2",
+        "hydra.sweeper.test_seeds=2",
+        'hydra.sweeper.baselines=["loss=none","loss=dpo beta=0.5"]',
+        'hydra.sweeper.enqueue=["alpha=1.0 train.learning_rate=1e-4"]',
+        'hydra.sweeper.constraints=["kl.nats_per_token<=1e-3"]',
+    ]
+    dropped = ("n_startup_trials=2", "loss=dpo", "train.learning_rate=tag")
+    words = [word for word in words if word not in dropped and not any(part in word for part in dropped[::2])]
+    assert typed(monkeypatch, tmp_path, *words) == 0
+    printed = capfd.readouterr().out
+    directory = tmp_path / "outputs" / "sweeps" / "search"
+    study = load(tmp_path, "search")
+    trials = counted(study)
+    assert trials[0].params == {"alpha": 1.0, "train.learning_rate": 1e-4}
+    assert [trial.params["alpha"] for trial in trials] == [1.0, 1.0, 0.001, 1.0][:1] + [
+        trial.params["alpha"] for trial in trials[1:]
+    ]
+    for trial in trials:
+        seeds = trial.user_attrs[studies.SEEDS]
+        assert list(seeds) == ["0", "1"]
+        found = [
+            json.loads((directory / str(trial.number) / f"seed={seed}" / "result.json").read_text()) for seed in seeds
+        ]
+        assert trial.value == pytest.approx(sum(one["win_rate"]["value"] for one in found) / 2)
+        kl = sum(one["kl"]["nats_per_token"] for one in found) / 2
+        assert trial.constraints["kl.nats_per_token<=1e-3"] == pytest.approx(kl - 1e-3)
+        config = yaml.safe_load((directory / str(trial.number) / "seed=1" / "config.yaml").read_text())
+        assert config["seed"] == 1
+    fast = [trial for trial in trials if trial.params["train.learning_rate"] == 0.08]
+    assert fast and all(trial.constraints["kl.nats_per_token<=1e-3"] > 0 for trial in fast)
+    table = rows(directory / "trials.csv")
+    assert [row["trial"] for row in table[:2]] == ["loss=none", "loss=dpo beta=0.5"]
+    assert float(table[0]["win_rate.value"]) == 0.5
+    assert {row["feasible"] for row in table[2:]} == {"true", "false"}
+    assert "violates kl.nats_per_token<=1e-3" in printed
+    winners = [line for line in printed.splitlines() if line.startswith("best tuned alpha=")]
+    assert winners
+    for line in winners:
+        number = int(line.partition(": trial ")[2].partition(",")[0])
+        assert study.get_trials()[number].constraints["kl.nats_per_token<=1e-3"] <= 0
+    # Results: seeds that no trial had, test prompts.
+    with (directory / "results.csv").open() as file:
+        results = list(csv.DictReader(file))
+    assert {"loss=none", "loss=dpo beta=0.5"} < {row["configuration"] for row in results}
+    for place in directory.glob("results/*/*"):
+        config = yaml.safe_load((place / "config.yaml").read_text())
+        assert config["seed"] in (2, 3)
+        assert config["evaluation"]["split"] == "test"
+        assert json.loads((place / "result.json").read_text())["split"] == "test"
+    assert len(list(directory.glob("results/*/*/result.json"))) == 2 * len(results)
+    assert "noise between seeds: standard deviation" in printed
+    assert "result: fresh seeds, 8 test prompts" in printed
+    assert {path.name for path in (directory / "plots").glob("*.png")} >= {"history.png", "slices.png", "timeline.png"}
+
+
+def test_a_trial_without_memory_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
+    words = ["-m", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra/sweeper/pruner=none", "loss=dpo"]
+    words += ["model.hidden_size=choice(65536,16)", *[word for word in small() if "model.hidden_size" not in word]]
+    done = subprocess.run(
+        [sys.executable, "-m", "dppo", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30)),
+    )
+    assert done.returncode == 0, done.stderr
+    directory = tmp_path / "outputs" / "sweeps" / "search"
+    assert [row["state"] for row in rows(directory / "trials.csv")] == ["failed", "complete"]
+    (failed, _) = load(tmp_path, "search").get_trials()
+    assert "memory" in failed.user_attrs[studies.ERROR]
+
+
+def test_alpha_is_calibrated_by_the_strength_of_the_penalty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-m", "+sweep=alpha_zeta", "hydra.sweeper.n_trials=1", "hydra.sweeper.baselines=[]", *small()]
+    words.append("hydra.sweeper.test_seeds=0")
+    assert typed(monkeypatch, tmp_path, *words) == 0
+    printed = capfd.readouterr().out
+    directory = tmp_path / "outputs" / "sweeps" / "alpha_zeta"
+    strength = json.loads((directory / "calibration" / "strength.json").read_text())
+    assert strength["n_pairs"] == 32
+    study = load(tmp_path, "alpha_zeta")
+    distribution = study.get_trials()[0].distributions["alpha"]
+    assert isinstance(distribution, optuna.distributions.FloatDistribution)
+    assert distribution.low == pytest.approx(0.003 / strength["mean"], rel=5e-3)
+    assert distribution.high == pytest.approx(10 / strength["mean"], rel=5e-3)
+    assert "F = " in printed
+    # Stored with the study: a resumed one does not measure it again.
+    (directory / "calibration" / "strength.json").write_text(json.dumps({**strength, "mean": strength["mean"] * 2}))
+    assert typed(monkeypatch, tmp_path, *words, "hydra.sweeper.resume=true") == 2
+    assert "its trials were made with something else: alpha: tag(log, " in capfd.readouterr().err
+
+
+REFUSED: list[tuple[str, list[str], list[str]]] = [
+    ("unknown pruner", ["hydra/sweeper/pruner=medain"], ["pruner=medain", "Did you mean median?"]),
+    ("wilcoxon without replicates", ["hydra/sweeper/pruner=wilcoxon"], ["replicates=1", "at least 2"]),
+    (
+        "wilcoxon with steps",
+        ["hydra/sweeper/pruner=wilcoxon", "hydra.sweeper.replicates=3", "evaluation.interim.n_points=3"],
+        ["wilcoxon", "evaluation.interim.n_points"],
+    ),
+    ("pruner that sees nothing", ["evaluation.interim.n_points=0"], ["n_points=0", "pruner=none"]),
+    ("argument of a pruner", ["hydra.sweeper.pruner.n_startup_trials=-1"], ["MedianPruner", "n_startup_trials"]),
+    ("no constraint", ['hydra.sweeper.constraints=["kl<0.5"]'], ["constraints=kl<0.5", "<="]),
+    ("constraint on nothing", ['hydra.sweeper.constraints=["kl.nats<=0.5"]'], ["kl.nats", "Did you mean"]),
+    ("label of nothing", ["+hydra.sweeper.labels.beta=nuisance"], ["labels.beta", "is not searched"]),
+    ("unknown label", ["hydra.sweeper.labels.alpha=fixed"], ["labels.alpha=fixed", "scientific"]),
+    ("enqueued outside", ['hydra.sweeper.enqueue=["alpha=0"]'], ["alpha=0", "is outside", "baselines"]),
+    ("enqueued unknown", ['hydra.sweeper.enqueue=["zeta=0.5"]'], ["zeta is not searched"]),
+    ("enqueued nothing", ['hydra.sweeper.enqueue=[""]'], ["enqueue", "lacks alpha"]),
+    ("baseline with a typo", ['hydra.sweeper.baselines=["losss=dpo"]'], ["losss"]),
+    ("baseline out of range", ['hydra.sweeper.baselines=["alpha=-1"]'], ["baselines=alpha=-1", ">= 0"]),
+    ("seed searched", ["seed=choice(0,1)", "hydra.sweeper.replicates=2"], ["seed", "replicates"]),
+    ("number of workers", ["hydra.sweeper.n_jobs=0"], ["n_jobs=0", "at least 1"]),
+    ("code of one's own", ["hydra.sweeper.custom_search_space=os.system"], ["os.system", "allowed_targets"]),
+    (
+        "no such code",
+        ["hydra.sweeper.custom_search_space=tests.nothing", "allowed_targets=[tests]"],
+        ["tests.nothing", "no such function"],
+    ),
+    (
+        "password",
+        ["hydra.sweeper.storage='postgresql://me:secret@localhost/x'"],
+        ["postgresql://localhost/x", "oc.env"],
+    ),
+    ("calibrated for several penalties", ["penalty=linear,sqrt", "alpha=calibrated"], ["calibrated", "penalty"]),
+    ("calibrated without a penalty", ["loss=dpo", "alpha=calibrated"], ["alpha", "nothing in this run uses alpha"]),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_a_search_is_refused_in_one_line_before_its_first_trial(
+    words: list[str],
+    named: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    range_ = [] if any(word.startswith("alpha=") for word in words) else ["alpha=tag(log,interval(1e-5,1.0))"]
+    status = typed(monkeypatch, tmp_path, "-m", "+sweep=alpha", *range_, *words)
+    output = capfd.readouterr()
+    is_one_line(status, output.err, output.out, named)
+    assert "secret" not in output.err + output.out
+    assert not list(tmp_path.glob("outputs/sweeps/*/[0-9]*"))
