@@ -8,31 +8,45 @@ from __future__ import annotations
 
 import io
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from dppo.artifacts.files import disk_errors, write_atomic
 from dppo.evaluation.win_rates import Interval
 from dppo.search.overview import BaselineLine, Overview, TrialLine
+from dppo.search.plot_axes import (
+    LINE,
+    Array,
+    Scale,
+    apply_range,
+    as_number,
+    bar_labels,
+    colour_range,
+    halo,
+    is_number,
+    plain,
+    point_labels,
+    position,
+    share_of,
+    side_labels,
+    value_scale,
+    values_at,
+    whole_numbers,
+    wrapped,
+)
 from dppo.search.settings import Direction
-from dppo.search.space import Parameter, Value
+from dppo.search.space import Parameter
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
-    from matplotlib.text import Annotation
-    from matplotlib.transforms import Bbox
-
-Array = npt.NDArray[np.float64]
 
 _DPI = 160
 _RC = {
@@ -49,11 +63,9 @@ _RC = {
     "svg.hashsalt": "dppo",  # identifiers in the file are random without it
 }
 _BLUE, _ORANGE, _VERMILION, _GREEN, _SKY, _PURPLE = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#CC79A7"
-_BAND, _GREY = "0.93", "0.45"
+_GREY = "0.45"
 _WIDTH = 7.0  # inches: the text of a page
-_LINE = 0.17  # inches between lines of small text
 _FEWEST_FOR_CONTOUR = 6
-_LARGEST = 1e100  # what lies beyond overflows in the arithmetic of an axis
 
 
 class _Style(NamedTuple):
@@ -118,9 +130,9 @@ def draw(overview: Overview, directory: Path) -> list[Path]:
 def history(overview: Overview) -> Figure | None:
     """Every objective against the order of the trials, with the best so far and the baselines."""
     panels = [_marks(overview, place) for place in range(len(overview.objectives))]
-    if not any(panels) and not _measured(overview):
+    if not any(panels) and all(one.objectives is None for one in overview.baselines):
         return None
-    height = max(2.7, _LINE * 1.6 * len(overview.baselines))
+    height = max(2.7, LINE * 1.6 * len(overview.baselines))
     figure = _figure(overview, _WIDTH, height * len(panels) + 0.9)
     rows = figure.subplots(len(panels), 1, squeeze=False, sharex=True)
     for place, (axes, marks) in enumerate(zip(rows[:, 0], panels, strict=True)):
@@ -135,7 +147,7 @@ def history(overview: Overview) -> Figure | None:
             order, values = zip(*best, (last, best[-1][1]), strict=True)
             axes.plot(order, values, color=_BLUE, linewidth=1.4, drawstyle="steps-post", label="best so far", zorder=2)
     rows[-1, 0].set_xlabel("trial, in the order of the search")
-    _whole_numbers(rows[-1, 0], [trial.index for trial in overview.trials])
+    whole_numbers(rows[-1, 0], [trial.index for trial in overview.trials])
     _legend(figure, overview, panels, lines=[("best so far", _BLUE)])
     return figure
 
@@ -150,13 +162,15 @@ def slices(overview: Overview) -> Figure | None:
     panels = [_marks(overview, place) for place in range(len(overview.objectives))]
     if not overview.parameters or not any(panels):
         return None
-    columns = min(3, len(overview.parameters))
+    columns = 2 if len(overview.parameters) == 4 else min(3, len(overview.parameters))
     deep = math.ceil(len(overview.parameters) / columns)
-    height = max(2.5, _LINE * 1.6 * len(overview.baselines))
+    height = max(2.5, LINE * 1.6 * len(overview.baselines))
     figure = _figure(overview, 2.3 * columns + 1.9, height * deep * len(panels) + 0.9)
     grid = figure.subplots(deep * len(panels), columns, squeeze=False)
     # The pale end of the map could not be seen on white.
-    colours, norm = _truncated_viridis(), _norm([trial.index for trial in overview.trials])
+    colours, norm = _truncated_viridis(), colour_range([trial.index for trial in overview.trials])
+    order = sorted(trial.index for trial in overview.trials)
+    spread = {index: place / max(1, len(order) - 1) for place, index in enumerate(order)}
     for place, marks in enumerate(panels):
         scale = _scale(overview, place, marks)
         cells = grid[place * deep : (place + 1) * deep].ravel()
@@ -167,22 +181,23 @@ def slices(overview: Overview) -> Figure | None:
             parameter = overview.parameters[cell]
             present = [mark for mark in marks if parameter.name in mark.trial.values]
             scale.apply(axes)
-            _apply_range(axes, "x", parameter)
-            at_end = cell == len(overview.parameters) - 1 or cell % columns == columns - 1
-            _draw_baselines(axes, overview.baselines, place, scale, height, labelled=at_end)
+            apply_range(axes, "x", parameter)
+            _draw_baselines(axes, overview.baselines, place, scale, height, labelled=cell % columns == columns - 1)
             _draw_marks(
                 axes,
                 present,
                 scale,
-                [_abscissa(parameter, mark, len(overview.trials)) for mark in present],
+                [position(parameter, mark.trial.values[parameter.name], spread[mark.trial.index]) for mark in present],
                 [colours(norm(mark.trial.index)) for mark in present],
             )
             if cell % columns == 0:
                 axes.set_ylabel(_objective_label(overview, place))
             else:
                 axes.tick_params(labelleft=False)
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=figure.axes, label="trial, in the order of the search")
-    _whole_numbers(bar.ax, [trial.index for trial in overview.trials], "y")
+    bar = figure.colorbar(
+        ScalarMappable(norm, colours), ax=figure.axes, label="trial, in the order of the search", aspect=30
+    )
+    whole_numbers(bar.ax, [trial.index for trial in overview.trials], "y")
     bar.ax.minorticks_off()
     _legend(figure, overview, panels, neutral=True)
     return figure
@@ -206,14 +221,14 @@ def contour(overview: Overview) -> Figure | None:
     figure = _figure(overview, 0.6 + 4.6 * len(panels), 4.2)
     for place, (axes, marks) in enumerate(zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True)):
         for which, parameter in zip("xy", pair, strict=True):
-            _apply_range(axes, "x" if which == "x" else "y", parameter)
+            apply_range(axes, "x" if which == "x" else "y", parameter)
         measured = [mark for mark in marks if mark.measured and math.isfinite(mark.value.value)]
-        colours, norm = _viridis(), _norm([mark.value.value for mark in measured])
+        colours, norm = _viridis(), colour_range([mark.value.value for mark in measured])
         if (filled := _interpolated(measured, pair)) is not None:
             axes.tricontourf(*filled, levels=np.linspace(norm.vmin, norm.vmax, 13), cmap=colours, norm=norm, zorder=1)
         for kind in _kinds(marks):
             style, some = _STYLES[kind], [mark for mark in marks if mark.kind == kind]
-            x, y = ([_number(mark.trial.values[one.name]) for mark in some] for one in pair)
+            x, y = ([as_number(mark.trial.values[one.name]) for mark in some] for one in pair)
             inside: Any = "white" if not style.filled else style.colour
             if kind in ("complete", "best"):
                 inside = [
@@ -222,8 +237,10 @@ def contour(overview: Overview) -> Figure | None:
             points = axes.scatter(
                 x, y, s=style.size * 1.2, marker=style.marker, c=inside, linewidths=0.9, label=kind, zorder=_order(kind)
             )
-            if style.marker != "x":
-                points.set_edgecolor("black" if kind in ("best", "pruned") else "white")
+            if style.marker == "x":
+                points.set_path_effects(halo())
+            else:
+                points.set_edgecolor("black" if kind in ("best", "complete", "pruned") else "white")
         if measured:
             figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=_objective_label(overview, place))
         else:
@@ -239,7 +256,7 @@ def interim(overview: Overview) -> Figure | None:
     """
     from matplotlib.lines import Line2D
 
-    if not any(_is_number(value) for trial in overview.trials for value in trial.interim.values()):
+    if not any(is_number(value) for trial in overview.trials for value in trial.interim.values()):
         return None
     figure = _figure(overview, _WIDTH, 3.9)
     axes = figure.subplots()
@@ -247,9 +264,9 @@ def interim(overview: Overview) -> Figure | None:
     seen: set[str] = set()
     labels = []
     for trial in sorted(overview.trials, key=lambda one: one.index):
-        path = {percent: value for percent, value in sorted(trial.interim.items()) if _is_number(value)}
+        path = {percent: value for percent, value in sorted(trial.interim.items()) if is_number(value)}
         final = trial.objectives[0].value if trial.state == "complete" and trial.objectives else math.nan
-        if _comparable(overview, 0) and _is_number(final):
+        if _comparable(overview, 0) and is_number(final):
             path[100] = final
         if not path:
             continue
@@ -271,8 +288,10 @@ def interim(overview: Overview) -> Figure | None:
         seen.add(kind)
         if strong:
             labels.append((path[last], f"trial {trial.number}", colour))
-    axes.set(xlabel="training of the first seed (% of its steps)", ylabel=overview.interim_metric, xlim=(0, 102))
-    _side_labels(axes, labels, 2.9)
+    ends_with = "; at 100: the result" if _comparable(overview, 0) else ""
+    axes.set(xlabel=f"training of the first seed (% of its steps{ends_with})", xlim=(0, 102))
+    axes.set_ylabel(plain(overview.interim_metric))
+    side_labels(axes, labels, 2.9)
     handles: list[Artist] = [
         Line2D(
             [],
@@ -313,7 +332,7 @@ def timeline(overview: Overview) -> Figure | None:
             workers.index(trial.worker),
             max(length, span / 300),
             left=begun,
-            height=0.72,
+            height=0.62,
             color=style.colour,
             alpha=0.75,
             edgecolor="white",
@@ -323,7 +342,7 @@ def timeline(overview: Overview) -> Figure | None:
         )
         bars.append((bar, f"{trial.number}{'*' if won else ''}"))
     axes.set(xlabel="minutes since the first trial began", xlim=(0, span * 1.01), ylim=(len(workers) - 0.5, -0.5))
-    axes.set_yticks(range(len(workers)), [_wrapped(worker, 20) for worker in workers])
+    axes.set_yticks(range(len(workers)), [wrapped(worker, 20) for worker in workers])
     axes.set_ylabel("worker")
     handles: list[Artist] = [
         Patch(facecolor=_STYLES[kind].colour, alpha=0.75, edgecolor="white", hatch=_STYLES[kind].hatch, label=kind)
@@ -333,7 +352,7 @@ def timeline(overview: Overview) -> Figure | None:
     if any(trial.number in overview.winners for trial in trials):
         handles.append(Patch(facecolor="none", edgecolor="none", label=f"* {_kind_label(overview, 'best')}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
-    _inside_labels(figure, axes, bars)
+    bar_labels(figure, axes, bars)
     return figure
 
 
@@ -348,11 +367,11 @@ def pareto(overview: Overview) -> Figure | None:
         for trial in overview.trials
         if (kind := _kind(overview, trial)) in ("complete", "infeasible", "best") and trial.objectives
     ]
-    shown = [one for one in found if all(_is_number(value.value) for value in one[2])]
+    shown = [one for one in found if all(is_number(value.value) for value in one[2])]
     baselines = [
         (place, one.name, one.objectives[:2])
         for place, one in enumerate(overview.baselines)
-        if one.objectives and all(_is_number(value.value) for value in one.objectives[:2])
+        if one.objectives and all(is_number(value.value) for value in one.objectives[:2])
     ]
     if not shown and not baselines:
         return None
@@ -385,7 +404,7 @@ def pareto(overview: Overview) -> Figure | None:
         colour = _BASELINES[place % len(_BASELINES)]
         _crosses(axes, [(x, y)], colour)
         axes.scatter([x.value], [y.value], s=42, marker="sDv^"[place % 4], c=colour, zorder=6, label=f"baseline {name}")
-        labels.append((x.value, y.value, _wrapped(name, 24)))
+        labels.append((x.value, y.value, wrapped(name, 24)))
     axes.margins(0.08)
     names = {"complete": "dominated", "infeasible": "infeasible", "best": _kind_label(overview, "best")}
     handles: list[Artist] = [
@@ -402,7 +421,7 @@ def pareto(overview: Overview) -> Figure | None:
         if any(kind == other for other, _, _ in shown)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    _point_labels(figure, axes, labels)
+    point_labels(figure, axes, labels)
     return figure
 
 
@@ -449,7 +468,7 @@ def _marks(overview: Overview, place: int) -> list[_Mark]:
             value = trial.objectives[place]
         elif trial.state == "pruned" and trial.interim and _comparable(overview, place):
             value = Interval(trial.interim[max(trial.interim)], math.nan, math.nan)
-        if not _is_number(value.value):
+        if not is_number(value.value):
             value = Interval(math.nan, math.nan, math.nan)
         found.append(_Mark(trial, _kind(overview, trial), value))
     return found
@@ -463,14 +482,6 @@ def _comparable(overview: Overview, place: int) -> bool:
     return path == "objective" or (path.startswith("win_rate") and path not in _COUNTS)
 
 
-def _is_number(value: float) -> bool:
-    return math.isfinite(value) and abs(value) < _LARGEST
-
-
-def _number(value: Value) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
-
-
 def _kinds(marks: Iterable[_Mark]) -> list[str]:
     present = {mark.kind for mark in marks}
     return [kind for kind in _STYLES if kind in present]
@@ -481,8 +492,10 @@ def _order(kind: str) -> int:
     return 3 + list(_STYLES).index(kind)
 
 
-def _measured(overview: Overview) -> list[BaselineLine]:
-    return [one for one in overview.baselines if one.objectives is not None]
+def _scale(overview: Overview, place: int, marks: Iterable[_Mark]) -> Scale:
+    """An axis with the objective at ``place`` of all trials and baselines."""
+    known = [one.objectives[place] for one in overview.baselines if one.objectives is not None]
+    return value_scale([*known, *(mark.value for mark in marks)], overview.directions[place])
 
 
 def _best_so_far(marks: Sequence[_Mark], direction: Direction) -> list[tuple[int, float]]:
@@ -494,136 +507,6 @@ def _best_so_far(marks: Sequence[_Mark], direction: Direction) -> list[tuple[int
         if counts and (not found or sign * mark.value.value > sign * found[-1][1]):
             found.append((mark.trial.index, mark.value.value))
     return found
-
-
-# --- axes ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """The axis of an objective: limits, ticks, and the height and the extent of the band of those without a value."""
-
-    limits: tuple[float, float]
-    ticks: tuple[float, ...]
-    texts: tuple[str, ...]
-    band: tuple[float, float] | None
-
-    def at(self, value: float) -> float:
-        """Where a value is drawn."""
-        return value if math.isfinite(value) or self.band is None else sum(self.band) / 2
-
-    def apply(self, axes: Axes) -> None:
-        axes.set_ylim(self.limits)
-        axes.set_yticks(self.ticks, self.texts)
-        if self.band is not None:
-            axes.axhspan(*self.band, color=_BAND, linewidth=0, zorder=0)
-
-
-def _scale(overview: Overview, place: int, marks: Sequence[_Mark]) -> _Scale:
-    """An axis with all values, their intervals and the baselines'; the band lies at the worst end."""
-    from matplotlib.ticker import MaxNLocator
-
-    known = [mark.value for mark in marks] + [one.objectives[place] for one in _measured(overview) if one.objectives]
-    numbers = [n for one in known for n in (one.value, one.low, one.high) if _is_number(n)]
-    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
-    pad = 0.06 * (high - low) if high - low > 1e-9 * max(abs(low), abs(high)) else 0.05 * (abs(high) or 1.0)
-    low, high = low - pad, high + pad
-    ticks = [float(tick) for tick in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
-    ticks = [tick for tick in ticks if low <= tick <= high] if numbers else []
-    texts = _tick_texts(ticks)
-    band = None
-    if any(math.isnan(one.value) for one in known):
-        depth = 0.13 * (high - low)
-        if overview.directions[place] == "maximize":
-            band = (low - depth, low)
-            low -= depth
-        else:
-            band = (high, high + depth)
-            high += depth
-        ticks, texts = [*ticks, sum(band) / 2], [*texts, "no value"]
-    return _Scale((low, high), tuple(ticks), tuple(texts), band)
-
-
-def _tick_texts(ticks: Sequence[float]) -> list[str]:
-    """Ticks with as many decimals as tell them apart."""
-    largest = max((abs(tick) for tick in ticks), default=0.0)
-    if not 1e-3 <= largest < 1e6:
-        return [f"{tick:.4g}".replace("-", "\N{MINUS SIGN}") for tick in ticks]
-    near = (ticks[1] - ticks[0] if len(ticks) > 1 else largest) / 100
-    decimals = next((n for n in range(13) if all(abs(round(tick, n) - tick) < near for tick in ticks)), 13)
-    return [f"{tick:.{decimals}f}".replace("-", "\N{MINUS SIGN}") for tick in ticks]
-
-
-def _apply_range(axes: Axes, which: Literal["x", "y"], parameter: Parameter) -> None:
-    """Give an axis the scale, the label and the range of ``parameter``; what lies beyond the range is grey."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    set_limits = axes.set_xlim if which == "x" else axes.set_ylim
-    shade = axes.axvspan if which == "x" else axes.axhspan
-    axis.set_label_text(_wrapped(parameter.name, 32))
-    if parameter.kind == "choice":
-        texts = [_plain(textwrap.shorten(text, 24, placeholder="…")) for text in parameter.texts]
-        steep = sum(map(len, texts)) > 24
-        axis.set_ticks(
-            range(len(texts)),
-            texts,
-            rotation=35 if steep else 0,
-            ha="right" if steep else "center",
-            rotation_mode="anchor",
-        )
-        set_limits(-0.5, len(texts) - 0.5)
-        return
-    low, high = parameter.low, parameter.high
-    if parameter.log:
-        (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-        pad = (high / low) ** 0.04 if low < high else 2.0
-        limits = low / pad, high * pad
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_locator(LogLocator(numticks=6))
-        if high / low < 40:
-            # Powers of ten would leave such an axis without two labels.
-            tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            ticks = [tick for ten in tens for tick in (10.0**ten, 3 * 10.0**ten) if low <= tick <= high]
-            axis.set_major_locator(FixedLocator(ticks if len(ticks) > 1 else sorted({low, high})))
-            axis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
-    else:
-        pad = 0.04 * (high - low) if low < high else 0.5
-        limits = low - pad, high + pad
-        axis.set_major_locator(MaxNLocator(4, integer=parameter.kind == "int", steps=[1, 2, 2.5, 5, 10]))
-    for beyond in ((limits[0], low), (high, limits[1])):
-        shade(*beyond, color=_BAND, linewidth=0, zorder=0)
-    set_limits(*limits)
-
-
-def _abscissa(parameter: Parameter, mark: _Mark, n: int) -> float:
-    """Where a trial lies on the axis of a parameter; equal choices are spread a little, in the trials' order."""
-    value = mark.trial.values[parameter.name]
-    if parameter.kind != "choice":
-        return _number(value)
-    # True equals 1 and False 0: the kind of the value decides.
-    same = (place for place, one in enumerate(parameter.choices) if type(one) is type(value) and one == value)
-    return next(same, math.nan) + 0.4 * (mark.trial.index / max(1, n - 1) - 0.5)
-
-
-def _whole_numbers(axes: Axes, numbers: Sequence[int], which: Literal["x", "y"] = "x") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    low, high = (min(numbers), max(numbers)) if numbers else (0, 0)
-    if which == "x":
-        axes.set_xlim(low - 0.7, high + 0.7)
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-
-
-def _norm(values: Sequence[float]) -> Any:
-    """Colours from the least to the greatest value."""
-    from matplotlib.colors import Normalize
-
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low, high = low - 0.05 * (abs(low) or 1), high + 0.05 * (abs(high) or 1)
-    return Normalize(low, high)
 
 
 def _viridis() -> Colormap:
@@ -638,7 +521,7 @@ def _truncated_viridis() -> Colormap:
     return ListedColormap(_viridis()(np.linspace(0, 0.88, 256)))
 
 
-# --- what is drawn on them -------------------------------------------------------------------------------------------
+# --- what is drawn ---------------------------------------------------------------------------------------------------
 
 
 def _figure(overview: Overview, width: float, height: float) -> Figure:
@@ -651,14 +534,14 @@ def _figure(overview: Overview, width: float, height: float) -> Figure:
     states = Counter(trial.state for trial in overview.trials)
     n = len(overview.trials)
     counts = [f"{n} trial{'' if n == 1 else 's'}", *(f"{states[kind]} {kind}" for kind in _STYLES if states[kind])]
-    figure.suptitle(f"{_wrapped(overview.name, 60)}: {', '.join(counts)}")
+    figure.suptitle(f"{wrapped(overview.name, 60)}: {', '.join(counts)}")
     return figure
 
 
 def _draw_marks(
     axes: Axes,
     marks: Sequence[_Mark],
-    scale: _Scale,
+    scale: Scale,
     positions: Sequence[float],
     colours: Sequence[Any] | None = None,
 ) -> None:
@@ -679,11 +562,12 @@ def _draw_marks(
         )
         if not style.filled:
             points.set_facecolor("none")
+            points.set_edgecolor(shades)
         elif style.marker != "x":
             points.set_edgecolor("black" if kind == "best" else "white")
         for place, shade in zip(some, shades, strict=True):
             low, high = marks[place].value.low, marks[place].value.high
-            if _is_number(low) and _is_number(high):
+            if is_number(low) and is_number(high):
                 axes.vlines(positions[place], low, high, colors=[shade], linewidth=0.9, alpha=0.8)
 
 
@@ -691,7 +575,7 @@ def _draw_baselines(
     axes: Axes,
     baselines: Sequence[BaselineLine],
     place: int,
-    scale: _Scale,
+    scale: Scale,
     height: float,
     *,
     labelled: bool = True,
@@ -702,42 +586,16 @@ def _draw_baselines(
         if baseline.objectives is None:
             continue
         found, colour = baseline.objectives[place], _BASELINES[number % len(_BASELINES)]
-        value = found.value if _is_number(found.value) else math.nan
+        value = found.value if is_number(found.value) else math.nan
         labels.append((scale.at(value), baseline.name, colour))
         if math.isnan(value):
             continue
         dashes = (0, _DASHES[number % len(_DASHES)])
         axes.axhline(value, color=colour, linestyle=dashes, linewidth=1.2, zorder=1.5, label=baseline.name)
-        if _is_number(found.low) and _is_number(found.high):
+        if is_number(found.low) and is_number(found.high):
             axes.axhspan(found.low, found.high, color=colour, alpha=0.12, linewidth=0, zorder=0.5)
     if labelled:
-        _side_labels(axes, labels, height)
-
-
-def _side_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], height: float) -> None:
-    """(value, text, colour) written at the right of a panel about ``height`` inches high, one below the other."""
-    low, high = axes.get_ylim()
-    rows = sorted(((value - low) / (high - low), _wrapped(text, 22), colour) for value, text, colour in labels)
-    sizes = [_LINE * (text.count("\n") + 1) / (0.75 * height) for _, text, _ in rows]
-    places = [share for share, _, _ in rows]
-    for row in range(1, len(rows)):
-        places[row] = max(places[row], places[row - 1] + (sizes[row - 1] + sizes[row]) / 2)
-    ceiling = 1.0
-    for row in reversed(range(len(rows))):
-        places[row] = min(places[row], ceiling - sizes[row] / 2)
-        ceiling = places[row] - sizes[row] / 2
-    for (share, text, colour), place in zip(rows, places, strict=True):
-        axes.annotate(
-            text,
-            (1.0, share),
-            (1.04, place),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            va="center",
-            fontsize=8,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0},
-        )
+        side_labels(axes, labels, height)
 
 
 def _legend(
@@ -759,7 +617,7 @@ def _legend(
         colour = "0.35" if neutral and kind in ("complete", "best", "pruned") else style.colour
         label = _kind_label(overview, kind)
         if any(mark.kind == "pruned" == kind and not math.isnan(mark.value.value) for mark in marks) and intervals:
-            label = f"pruned (last interim {_plain(overview.interim_metric)})"
+            label = f"pruned (last interim {plain(overview.interim_metric)})"
         handles.append(
             Line2D(
                 [],
@@ -774,7 +632,7 @@ def _legend(
         )
     if any(mark.measured for mark in marks):
         handles += [Line2D([], [], color=colour, label=name) for name, colour in lines]
-    if intervals and any(_is_number(mark.value.low) for mark in marks):
+    if intervals and any(is_number(mark.value.low) for mark in marks):
         colour = "0.35" if neutral else _BLUE
         handles.append(Line2D([], [], linestyle="none", marker="|", markersize=10, color=colour, label="95 % interval"))
     if handles:
@@ -800,7 +658,9 @@ def _interpolated(marks: Sequence[_Mark], pair: tuple[Parameter, Parameter]) -> 
     # Several trials at one point count as their mean.
     points: dict[tuple[float, ...], list[float]] = {}
     for mark in marks:
-        points.setdefault(tuple(_share(one, mark.trial.values[one.name]) for one in pair), []).append(mark.value.value)
+        points.setdefault(tuple(share_of(one, mark.trial.values[one.name]) for one in pair), []).append(
+            mark.value.value
+        )
     where, values = np.array(list(points)), np.array([np.mean(some) for some in points.values()])
     if len(marks) < _FEWEST_FOR_CONTOUR or len(points) < 3 or np.ptp(values) == 0:
         return None
@@ -809,30 +669,17 @@ def _interpolated(marks: Sequence[_Mark], pair: tuple[Parameter, Parameter]) -> 
         return None
     coarse = Triangulation(where[:, 0], where[:, 1])
     fine, heights = UniformTriRefiner(coarse).refine_field(values, LinearTriInterpolator(coarse, values), subdiv=4)
-    x, y = (_unshare(one, share) for one, share in zip(pair, (fine.x, fine.y), strict=True))
+    x, y = (values_at(one, shares) for one, shares in zip(pair, (fine.x, fine.y), strict=True))
     # Rounding must not leave a point above the highest level.
     return Triangulation(x, y, fine.triangles), np.clip(np.asarray(heights), values.min(), values.max())
-
-
-def _share(parameter: Parameter, value: Value) -> float:
-    """The place of a value in its range, 0 to 1 on its scale."""
-    scale = math.log if parameter.log else float
-    low, high = scale(parameter.low), scale(parameter.high)
-    return (scale(_number(value)) - low) / (high - low) if low < high else 0.0
-
-
-def _unshare(parameter: Parameter, share: Array) -> Array:
-    if parameter.log:
-        return np.asarray(parameter.low * (parameter.high / parameter.low) ** share)
-    return parameter.low + (parameter.high - parameter.low) * share
 
 
 def _crosses(axes: Axes, points: Sequence[tuple[Interval, Interval]], colour: str) -> None:
     """The intervals of points in a plane, where they are known."""
     for x, y in points:
-        if _is_number(y.low) and _is_number(y.high):
+        if is_number(y.low) and is_number(y.high):
             axes.vlines(x.value, y.low, y.high, colors=[colour], linewidth=0.8, alpha=0.5, zorder=2)
-        if _is_number(x.low) and _is_number(x.high):
+        if is_number(x.low) and is_number(x.high):
             axes.hlines(y.value, x.low, x.high, colors=[colour], linewidth=0.8, alpha=0.5, zorder=2)
 
 
@@ -859,50 +706,6 @@ def _connect(axes: Axes, points: Sequence[tuple[float, float]], directions: Sequ
     )
 
 
-def _point_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Write (x, y, text) beside the points, where no point and no other text is; else at the freest place."""
-    from matplotlib.transforms import Bbox
-
-    figure.draw_without_rendering()
-    dots = [axes.transData.transform((x, y)) for x, y, _ in labels]
-    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in dots]
-    frame = axes.get_window_extent()
-    sides = [(8, 0, "left", "center"), (0, 8, "center", "bottom"), (-8, 0, "right", "center"), (0, -8, "center", "top")]
-    sides += [(dx, dy, "left" if dx > 0 else "right", "center") for dx in (9, -9) for dy in (11, -11)]
-    for x, y, text in labels:
-        tries: list[tuple[float, int, Bbox, Annotation]] = []
-        for order, (dx, dy, ha, va) in enumerate(sides):
-            note = axes.annotate(
-                text, (x, y), (dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=8, zorder=12
-            )
-            box = note.get_window_extent()
-            outside = 0 if frame.containsx(box.x0) and frame.containsx(box.x1) else box.width * box.height
-            outside += 0 if frame.containsy(box.y0) and frame.containsy(box.y1) else box.width * box.height
-            tries.append((outside + sum(_overlap(box, other) for other in taken), order, box, note))
-        tries.sort(key=lambda one: one[:2])
-        taken.append(tries[0][2])
-        for _, _, _, note in tries[1:]:
-            note.remove()
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    """The area that two rectangles share, in square pixels."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return float(max(width, 0.0) * max(height, 0.0))
-
-
-def _inside_labels(figure: Figure, axes: Axes, bars: Sequence[tuple[Any, str]]) -> None:
-    """Write a text into the middle of each bar that is wide enough."""
-    figure.draw_without_rendering()
-    for bar, text in bars:
-        x, y = bar.get_x() + bar.get_width() / 2, bar.get_y() + bar.get_height() / 2
-        box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
-        note = axes.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box, zorder=5)
-        if note.get_window_extent().width + 4 > bar.get_window_extent().width:
-            note.remove()
-
-
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -910,19 +713,10 @@ def _objective_label(overview: Overview, place: int) -> str:
     """What an objective is called, with an arrow to its better end."""
     path = overview.objectives[place]
     arrow = "\N{UPWARDS ARROW}" if overview.directions[place] == "maximize" else "\N{DOWNWARDS ARROW}"
-    return f"{_wrapped(_LABELS.get(path, path), 34)} {arrow}"
+    return f"{wrapped(_LABELS.get(path, path), 34)} {arrow}"
 
 
 def _kind_label(overview: Overview, kind: str) -> str:
     if kind != "best":
         return kind
     return "Pareto front" if len(overview.objectives) > 1 else "best trial"
-
-
-def _wrapped(text: str, width: int) -> str:
-    return _plain(textwrap.fill(text, width, break_on_hyphens=False))
-
-
-def _plain(text: str) -> str:
-    """A user's words are not formulas."""
-    return text.replace("$", r"\$")
