@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,16 +28,13 @@ from tests.test_command_line import is_one_line, typed
 from tests.test_sweeper import counted, load, rows
 
 # Longer answers win: a matter of the learning rate, so that trials differ and bad ones are seen early.
+SEARCH = ["-m", "hydra/sweeper=optuna", "reward=length", "evaluation.split=validation", *small("train.steps=20")]
 PRUNED = [
-    "-m",
-    "hydra/sweeper=optuna",
+    *SEARCH,
     "loss=dpo",
-    "reward=length",
-    "evaluation.split=validation",
     "train.learning_rate=tag(log,interval(1e-4,1e-1))",
-    "hydra.sweeper.pruner.n_startup_trials=2",
+    "hydra.sweeper.pruner.n_startup_trials=4",
     "hydra.sweeper.sampler.n_startup_trials=4",
-    *small("train.steps=20"),
 ]
 
 
@@ -57,7 +55,9 @@ def until(condition: Callable[[], object], process: subprocess.Popen[Any] | None
         time.sleep(0.005)
 
 
-def test_a_pruned_search_killed_at_random_ends_as_an_undisturbed_one(dppo: Run, tmp_path: Path) -> None:
+def test_a_pruned_search_killed_at_random_ends_as_an_undisturbed_one(
+    dppo: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     budget = "hydra.sweeper.n_trials=12"
     whole = dppo(*PRUNED, budget)
     assert whole.returncode == 0, whole.stderr
@@ -88,21 +88,41 @@ def test_a_pruned_search_killed_at_random_ends_as_an_undisturbed_one(dppo: Run, 
         time.sleep(chance.uniform(0, 0.8))
         process.send_signal(signal.SIGKILL)
         process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in directory.glob("[0-9]*/**/*") if path.is_file()}
     resumed = dppo(*words)
     assert resumed.returncode == 0, resumed.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "no directory is overwritten"
     study = load(tmp_path, "other")
     assert outcome(study) == undisturbed
     assert len({str(trial.params) for trial in counted(study)}) == 12
     abandoned = [trial for trial in study.get_trials() if studies.ABANDONED in trial.user_attrs]
     assert len(study.get_trials()) == 12 + len(abandoned)
+    for trial in abandoned:
+        assert f"trial {trial.number} was abandoned" in resumed.stdout
+
+    # What a search leaves.
+    trials = counted(study)
+    table = rows(directory / "trials.csv")
+    assert [int(row["trial"]) for row in table] == [trial.number for trial in trials]
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    winner = max(complete, key=lambda trial: trial.values[0])
+    line = winner.user_attrs[studies.COMMAND]
+    assert f"best: trial {winner.number}, win_rate.value" in resumed.stdout
+    assert line in resumed.stdout
+    assert line + "\n" == (directory / str(winner.number) / "command.txt").read_text()
+    best = yaml.safe_load((directory / "best.yaml").read_text())
+    assert best["train"]["learning_rate"] == winner.params["train.learning_rate"]
+    assert typed(monkeypatch, tmp_path, *shlex.split(line)[3:], "hydra.run.dir=pasted", "cache.dir=other") == 0
+    assert "build " not in capfd.readouterr().out, "the line makes the same run"
+    assert typed(monkeypatch, tmp_path, *words) == 0
+    assert outcome(load(tmp_path, "other")) == undisturbed, "n_trials is the total"
 
 
 def test_four_workers_build_each_stage_once_and_one_that_is_killed_loses_only_its_trial(
     tmp_path: Path,
 ) -> None:
-    words = [*PRUNED, "hydra.sweeper.n_trials=10", "hydra.sweeper.n_jobs=4", "hydra/sweeper/pruner=none"]
-    words = [word for word in words if "n_startup_trials=2" not in word]
-    words.append('hydra.sweeper.baselines=["loss=none"]')
+    words = [*SEARCH, "loss=dpo", "train.learning_rate=tag(log,interval(1e-4,1e-1))", "hydra/sweeper/pruner=none"]
+    words += ["hydra.sweeper.n_trials=10", "hydra.sweeper.n_jobs=4", 'hydra.sweeper.baselines=["loss=none"]']
     log = tmp_path / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -149,30 +169,26 @@ def test_replicates_baselines_constraints_and_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = [
-        *PRUNED,
+        *SEARCH,
         "loss=unll",
         "alpha=choice(0.001,1.0)",
         "train.learning_rate=choice(1e-4,0.08)",
-        "hydra.sweeper.labels={alpha:scientific}",
+        "+hydra.sweeper.labels={alpha:scientific}",
         "hydra/sweeper/pruner=none",
         "hydra.sweeper.n_trials=4",
         "hydra.sweeper.replicates=2",
         "hydra.sweeper.test_seeds=2",
         'hydra.sweeper.baselines=["loss=none","loss=dpo beta=0.5"]',
-        'hydra.sweeper.enqueue=["alpha=1.0 train.learning_rate=1e-4"]',
+        'hydra.sweeper.enqueue=["alpha=1.0 train.learning_rate=1e-4","alpha=1.0 train.learning_rate=0.08"]',
         'hydra.sweeper.constraints=["kl.nats_per_token<=1e-3"]',
     ]
-    dropped = ("n_startup_trials=2", "loss=dpo", "train.learning_rate=tag")
-    words = [word for word in words if word not in dropped and not any(part in word for part in dropped[::2])]
     assert typed(monkeypatch, tmp_path, *words) == 0
     printed = capfd.readouterr().out
     directory = tmp_path / "outputs" / "sweeps" / "search"
     study = load(tmp_path, "search")
     trials = counted(study)
     assert trials[0].params == {"alpha": 1.0, "train.learning_rate": 1e-4}
-    assert [trial.params["alpha"] for trial in trials] == [1.0, 1.0, 0.001, 1.0][:1] + [
-        trial.params["alpha"] for trial in trials[1:]
-    ]
+    assert [trial.params["alpha"] for trial in trials[1:]] == [1.0, 0.001, 1.0], "then every choice in turn"
     for trial in trials:
         seeds = trial.user_attrs[studies.SEEDS]
         assert list(seeds) == ["0", "1"]

@@ -6,12 +6,10 @@ import csv
 import math
 import os
 import shlex
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +33,6 @@ from tests.conftest import Run, small
 from tests.test_architecture import imports
 from tests.test_command_line import is_one_line, typed
 
-# The win rate of eight prompts hardly moves; this does.
-OBJECTIVE = ["objectives=[kl.nats_per_answer]", "hydra.sweeper.direction=minimize"]
-SEARCH = ["-m", "+sweep=alpha_zeta", *OBJECTIVE, "hydra.sweeper.sampler.n_startup_trials=2", "cache.dir=cache"]
-
-
-FIRST = {"y_gen": "generate"}
 FIXED = "alpha=tag(log, interval(1e-5, 1.0))"
 
 
@@ -53,63 +45,9 @@ def counted(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(found, key=lambda trial: int(trial.user_attrs[studies.INDEX]))
 
 
-def outcome(study: optuna.Study) -> list[tuple[dict[str, Any], float | None]]:
-    return [(trial.params, trial.value) for trial in counted(study)]
-
-
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
         return list(csv.DictReader(file))
-
-
-def test_a_killed_search_ends_as_an_undisturbed_one(
-    dppo: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    budget = "hydra.sweeper.n_trials=5"
-    whole = dppo(*SEARCH, budget, *small())
-    assert whole.returncode == 0, whole.stderr
-    undisturbed = outcome(load(tmp_path, "alpha_zeta"))
-    assert len({str(params) for params, _ in undisturbed}) == 5
-    for stage in ("sft", "y_gen", "reference"):
-        assert whole.stdout.count(f"; the first {FIRST.get(stage, stage)}") == 1, f"{stage} is shared by all trials"
-
-    words = [*SEARCH, budget, "hydra.sweeper.study_name=other", "cache.dir=other", *small()]
-    words.remove("cache.dir=cache")
-    process = subprocess.Popen([sys.executable, "-m", "dppo", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    directory = tmp_path / "outputs" / "sweeps" / "other"
-    while not (directory / "2" / "config.yaml").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (lost,) = [trial for trial in load(tmp_path, "other").get_trials() if trial.state == TrialState.RUNNING]
-    kept = {path: path.stat().st_mtime_ns for path in directory.glob("[012]/**/*") if path.is_file()}
-    resumed = dppo(*words, "hydra.sweeper.resume=true")
-    assert resumed.returncode == 0, resumed.stderr
-    study = load(tmp_path, "other")
-    assert outcome(study) == undisturbed
-    assert all(trial.state == TrialState.COMPLETE for trial in counted(study))
-    assert f"trial {lost.number} was abandoned: again as trial 3" in resumed.stdout
-    assert study.get_trials()[lost.number].state == TrialState.FAIL
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "no directory is overwritten"
-    capfd.readouterr()
-    assert typed(monkeypatch, tmp_path, *words, "hydra.sweeper.resume=true") == 0
-    printed = capfd.readouterr().out
-    assert outcome(load(tmp_path, "other")) == undisturbed, "n_trials is the total"
-
-    # What a search leaves.
-    table = rows(directory / "trials.csv")
-    assert [row["state"] for row in table] == ["complete"] * 5
-    trials = counted(study)
-    winner = min(trials, key=lambda trial: trial.value or math.inf)
-    line = winner.user_attrs[studies.COMMAND]
-    assert f"best: trial {winner.number}, kl.nats_per_answer" in printed
-    assert line in printed
-    assert line + "\n" == (directory / str(winner.number) / "command.txt").read_text()
-    best = yaml.safe_load((directory / "best.yaml").read_text())
-    assert {key: best[key] for key in ("alpha", "zeta")} == winner.params
-    assert typed(monkeypatch, tmp_path, *shlex.split(line)[3:], "hydra.run.dir=pasted") == 0
-    assert "build " not in capfd.readouterr().out, "the line makes the same run"
 
 
 def test_failing_and_diverging_trials_are_recorded_and_the_search_goes_on(dppo: Run, tmp_path: Path) -> None:

@@ -134,7 +134,9 @@ def end_with_parent() -> None:
     """In a worker: stop as after SIGTERM when the process that started it is gone."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        # Not through Python's buffer, whose lock a thread may not hold when the interpreter ends.
+        while os.read(sys.stdin.fileno(), 1):
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -153,16 +153,14 @@ class Workbench:
         missing: list[str] = []
         if self.is_main:
             missing = store.missing(keys)
-            told = f"{detail}, {len(missing)} {todo}" if missing else detail
-            with self.working(title, store, reuse=not missing, detail=told) as record:
-                record.rows = 0
-                if missing:
-                    with store.lock(self.say):
-                        # Another run may have filled it while this one waited.
-                        if left := store.missing(keys):
-                            with _shards(store, rows_per_shard) as keep:
-                                compute(left, keep)
-                            record.rows = len(left)
+            with store.lock(self.say) if missing else nullcontext():
+                missing = store.missing(keys) if missing else []  # another run may have filled it in the meantime
+                told = f"{detail}, {len(missing)} {todo}" if missing else detail
+                with self.working(title, store, reuse=not missing, detail=told) as record:
+                    record.rows = len(missing)
+                    if missing:
+                        with _shards(store, rows_per_shard) as keep:
+                            compute(missing, keep)
         self.accelerator.wait_for_everyone()
         return store.artifact(reused=not missing)
 
