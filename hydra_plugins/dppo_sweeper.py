@@ -80,7 +80,7 @@ class OptunaSweeper(Sweeper):
         space = self._space(fixed, parameters, settings)
         pruner = pruner_from(settings.pruner, settings.replicates)
         fixed, pruner, note = self._pruned(fixed, pruner, settings)
-        sampler = self._sampler(space, settings)
+        sampler = self._sampler(space, fixed, settings)
         sampler.limit(space)
         experiment, configuration = self._check(space, fixed, settings)
         directory = Path(str(self._config.hydra.sweep.dir))
@@ -251,7 +251,7 @@ class OptunaSweeper(Sweeper):
             return composed
         return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
-    def _sampler(self, space: Space, settings: SearchSettings) -> Sampler:
+    def _sampler(self, space: Space, fixed: Sequence[str], settings: SearchSettings) -> Sampler:
         """The sampler, with an equal share of the trials for every choice that is compared."""
         from dppo.errors import UserError
         from dppo.search.samplers import FromOptuna, Grid, Stratified, sampler_from
@@ -263,8 +263,17 @@ class OptunaSweeper(Sweeper):
         if settings.custom_search_space is not None:
             if not isinstance(sampler, FromOptuna):
                 raise UserError("hydra.sweeper.custom_search_space: needs a sampler of Optuna's, for instance tpe")
-            suggest = self._custom(settings.custom_search_space)
-            sampler = dataclasses.replace(sampler, more=lambda trial: suggest(self._compose([]), trial))
+            target, suggest = settings.custom_search_space, self._custom(settings.custom_search_space)
+
+            def more(trial: Any) -> None:
+                try:
+                    suggest(self._compose(fixed), trial)
+                except Exception as error:
+                    raise UserError(
+                        f"hydra.sweeper.custom_search_space={target}: {type(error).__name__}: {error}"
+                    ) from error
+
+            sampler = dataclasses.replace(sampler, more=more)
         compared = [
             one.name
             for one in space.parameters

@@ -227,6 +227,46 @@ def test_replicates_baselines_constraints_and_results(
     assert {path.name for path in (directory / "plots").glob("*.png")} >= {"history.png", "slices.png", "timeline.png"}
 
 
+def test_no_further_seed_for_a_trial_that_is_worse_than_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SEARCH, "loss=dpo", "train.learning_rate=choice(0.08,1e-4)", "hydra/sweeper/sampler=grid"]
+    words += ["hydra/sweeper/pruner=wilcoxon", "hydra.sweeper.replicates=2", "hydra.sweeper.value=lower_bound"]
+    assert typed(monkeypatch, tmp_path, *words) == 0
+    directory = tmp_path / "outputs" / "sweeps" / "search"
+    best, worse = load(tmp_path, "search").get_trials()
+    assert best.state == TrialState.COMPLETE
+    mean, low, _ = best.user_attrs[studies.INTERVALS][0]
+    assert (best.value, mean) == (low, 1.0)
+    assert low < 1, "the sampler is told the lower end"
+    assert worse.state == TrialState.PRUNED
+    assert [path.name for path in sorted((directory / "1").glob("seed=*"))] == ["seed=0"]
+    assert json.loads((directory / "1" / "seed=0" / "result.json").read_text())["status"] == "complete"
+    assert "worse than the best trial after 1 of 2 seeds" in capfd.readouterr().out
+
+
+def test_a_function_may_suggest_further_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_space.py").write_text(
+        "def suggest(config, trial):\n"
+        "    steps = trial.params['train.steps']\n"
+        "    assert config.train.batch_size == 4\n"
+        "    trial.suggest_float('train.weight_decay', 0.0, 0.1 * steps)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = [word for word in SEARCH if not word.startswith("train.steps")]
+    words += ["loss=dpo", "train.steps=choice(2,3)", "hydra.sweeper.n_trials=2", "hydra/sweeper/pruner=none"]
+    words += ["allowed_targets=[my_space]", "hydra.sweeper.custom_search_space=my_space.suggest"]
+    assert typed(monkeypatch, tmp_path, *words) == 0
+    for trial in load(tmp_path, "search").get_trials():
+        place = tmp_path / "outputs" / "sweeps" / "search" / str(trial.number)
+        config = yaml.safe_load((place / "config.yaml").read_text())
+        assert config["train"]["weight_decay"] == trial.params["train.weight_decay"]
+        assert trial.distributions["train.weight_decay"].high == 0.1 * trial.params["train.steps"]  # type: ignore[attr-defined]
+    assert "train.weight_decay" in capfd.readouterr().out
+
+
 def test_a_trial_without_memory_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
     words = ["-m", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra/sweeper/pruner=none", "loss=dpo"]
     words += ["model.hidden_size=choice(65536,16)", *[word for word in small() if "model.hidden_size" not in word]]
