@@ -18,7 +18,7 @@ from dppo.plan import duration
 from dppo.results import command_line
 from dppo.search.measured import by_prompt, measured
 from dppo.search.pruners import Pruner
-from dppo.search.study import INSTANCES, SEEDS, Asked, SideRun, Study
+from dppo.search.study import INSTANCES, SEEDS, Asked, SideRun, Study, peers
 
 Launch = Callable[[Sequence[str], str, int | None, int], tuple[float, ...]]
 """Run one job to its end: words, directory below the study's, the trial it reports to if any, the job's number.
@@ -143,8 +143,10 @@ class Runner:
         return worse
 
     def _worse(self, asked: Asked, instances: dict[str, float]) -> bool:
-        trials = self.study.trials()
-        place = next(at for at, trial in enumerate(trials) if trial.number == asked.number)
+        found = self.study.trials()
+        own = next(trial for trial in found if trial.number == asked.number)
+        trials = peers(found, own, self.study.settings.labels)
+        place = trials.index(own)
         sign = 1.0 if self.study.settings.direction[0] == "maximize" or self.pruner.instances == "prompts" else -1.0
         order = {key: at for at, key in enumerate(sorted(instances))}
         values = {

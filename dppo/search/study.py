@@ -264,6 +264,23 @@ def counting(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(kept, key=lambda trial: int(trial.user_attrs[INDEX]))
 
 
+def peers(trials: Sequence[FrozenTrial], own: FrozenTrial, labels: Mapping[str, str]) -> list[FrozenTrial]:
+    """The trials that a pruner compares with ``own``, itself included: those with the same choices of what is compared.
+
+    Otherwise a method that starts slowly would be pruned as a whole before it is tuned.
+    """
+    from optuna.distributions import CategoricalDistribution
+
+    def choices(trial: FrozenTrial) -> dict[str, Any]:
+        return {
+            name: trial.params[name]
+            for name, kind in trial.distributions.items()
+            if labels.get(name) == "scientific" and isinstance(kind, CategoricalDistribution)
+        }
+
+    return [trial for trial in trials if choices(trial) == choices(own)]
+
+
 def folder(name: str) -> str:
     """A configuration's words as the name of a directory."""
     return name.replace("/", ".").replace(" ", ",")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dppo.search.pruners import Pruner, pruner_from
-from dppo.search.study import counting, open_storage, shown
+from dppo.search.study import counting, open_storage, peers, shown
 
 if TYPE_CHECKING:
     import optuna
@@ -27,6 +27,7 @@ class Watch:
     number: int
     pruner: Pruner
     url: str
+    labels: Mapping[str, str] = field(default_factory=dict)
     lost: bool = False
 
     def __call__(self, row: Mapping[str, float | int]) -> str | None:
@@ -46,7 +47,8 @@ class Watch:
     def _judge(self, percent: int, value: float) -> str | None:
         import optuna
 
-        trials = counting(self.study)
+        found = counting(self.study)
+        trials = peers(found, next(trial for trial in found if trial.number == self.number), self.labels)
         place = next(at for at, trial in enumerate(trials) if trial.number == self.number)
         live = optuna.Trial(self.study, trials[place]._trial_id)
         live.report(value, percent)
@@ -77,4 +79,5 @@ def watch(settings: Mapping[str, Any], number: int) -> Callable[[Mapping[str, fl
         storage=open_storage(settings["storage"]),
         sampler=optuna.samplers.RandomSampler(),
     )
-    return Watch(study, number, pruner_from(settings["pruner"], int(settings["replicates"])), settings["storage"])
+    pruner = pruner_from(settings["pruner"], int(settings["replicates"]))
+    return Watch(study, number, pruner, settings["storage"], settings["labels"])
