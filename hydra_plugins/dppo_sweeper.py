@@ -529,11 +529,11 @@ def _baseline_runs(study: Study, baselines: Sequence[tuple[str, list[str]]], see
 
 def _result_runs(study: Study, baselines: Sequence[tuple[str, list[str]]], seed: int) -> list[SideRun]:
     """The best and the baselines on seeds that no trial had, scored on test prompts."""
-    from dppo.search import report
     from dppo.search.study import SideRun, folder
+    from dppo.search.winners import name_of, shown_winners
 
     first = seed + study.settings.replicates
-    winners = [(report.name_of(study, trial), study.words(trial)) for trial in report.shown_winners(study)]
+    winners = [(name_of(study, trial), study.words(trial)) for trial in shown_winners(study)]
     runs = []
     for name, words in [*winners, *baselines] if winners else []:
         own = [

@@ -23,7 +23,7 @@ from dppo import config, pipeline
 from dppo.config import CONF_DIR
 from dppo.errors import UserError
 from dppo.results import command_line
-from dppo.search import report
+from dppo.search import report, winners
 from dppo.search import study as studies
 from dppo.search.samplers import Sampler, sampler_from
 from dppo.search.settings import Direction, SearchSettings
@@ -303,9 +303,9 @@ def test_the_report_names_the_best_the_boundary_and_what_mattered(tmp_path: Path
         assert isinstance(alpha, float)
         found.complete(asked, [math.log(alpha)], "complete" if alpha < 0.9 else "diverged")
     lines = report.write(found, ["win_rate.value"])
-    winner = report.best(found)[0]
+    winner = winners.best(found)[0]
     assert winner.params["alpha"] == max(
-        trial.params["alpha"] for trial in found.trials() if report.state(trial) == "complete"
+        trial.params["alpha"] for trial in found.trials() if winners.state(trial) == "complete"
     )
     assert any(line.startswith(f"  alpha={winner.params['alpha']!r} lies at the upper end") for line in lines)
     (line,) = [line for line in lines if line.startswith("importance")]

@@ -8,9 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from dppo.artifacts.files import disk_errors, write_atomic
 from dppo.command_line import aligned
@@ -18,82 +16,22 @@ from dppo.errors import UserError
 from dppo.evaluation.comparison import Configuration, compare_runs, find_runs
 from dppo.evaluation.win_rates import Interval
 from dppo.results import command_line
-from dppo.search.measured import by_prompt, measured
+from dppo.search import trust
+from dppo.search.measured import measured
 from dppo.search.overview import BaselineLine, Overview, TrialLine
 from dppo.search.samplers import Stratified
-from dppo.search.study import ABANDONED, COMMAND, ERROR, INDEX, INTERVALS, OWNER, SEEDS, STATUS, WHY, Study, folder
+from dppo.search.study import ABANDONED, COMMAND, ERROR, INDEX, INTERVALS, OWNER, SEEDS, WHY, Study, folder
+from dppo.search.winners import best, feasible, name_of, state
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 # PED-ANOVA compares the best tenth with the rest: fewer trials say nothing.
 _ENOUGH = 20
-# Of a Pareto front so many are scored on test prompts, spread over the first objective.
-_MOST_RESULTS = 5
-# The gain that a search should be able to see, and the factor of its variance for 80 % power at 5 %, two-sided.
-_GAIN, _POWER = 0.02, (1.959964 + 0.841621) ** 2
 _METRICS = {"reward.policy": "reward", "reward.delta": "reward_gain", "held_out.accuracy": "accuracy"}
 
 
 # --- the study as plain values ---------------------------------------------------------------------------------------
-
-
-def state(trial: FrozenTrial) -> str:
-    """How a trial ended, in one word."""
-    if STATUS in trial.user_attrs:
-        return str(trial.user_attrs[STATUS])
-    return {"FAIL": "failed", "RUNNING": "running"}.get(trial.state.name, trial.state.name.lower())
-
-
-def feasible(trial: FrozenTrial) -> bool:
-    """Whether a trial violates no constraint."""
-    return all(amount <= 0 for amount in trial.constraints.values())
-
-
-def best(study: Study) -> list[FrozenTrial]:
-    """The best trials that violate no constraint and did not diverge.
-
-    For one objective the first of equals, or, where choices are compared, that of each; for several the Pareto front.
-    """
-    done = [
-        trial for trial in study.trials() if state(trial) == "complete" and trial.values is not None and feasible(trial)
-    ]
-    if isinstance(study.sampler, Stratified):
-        groups: dict[str, list[FrozenTrial]] = {}
-        for trial in done:
-            groups.setdefault(str(study.sampler.stratum(trial)), []).append(trial)
-        return [winner for group in groups.values() for winner in _front(study, group)]
-    return _front(study, done)
-
-
-def _front(study: Study, done: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    signs = [1.0 if direction == "maximize" else -1.0 for direction in study.settings.direction]
-    scored = [(trial, [sign * value for sign, value in zip(signs, trial.values, strict=True)]) for trial in done]
-    front = [
-        trial
-        for trial, own in scored
-        if not any(other != own and all(a >= b for a, b in zip(other, own, strict=True)) for _, other in scored)
-    ]
-    return front if len(signs) > 1 else front[:1]
-
-
-def shown_winners(study: Study) -> list[FrozenTrial]:
-    """The best trials that are scored on test prompts: all, or some of a long Pareto front."""
-    winners = best(study)
-    if isinstance(study.sampler, Stratified) or len(winners) <= _MOST_RESULTS:
-        return winners
-    winners.sort(key=lambda trial: trial.values[0])
-    places = np.linspace(0, len(winners) - 1, _MOST_RESULTS).round().astype(int)
-    return [winners[place] for place in places]
-
-
-def name_of(study: Study, trial: FrozenTrial) -> str:
-    """What a winning trial is called beside the baselines."""
-    if isinstance(study.sampler, Stratified):
-        own = {one.name: one for one in study.space.parameters}
-        chosen = (name for name in study.sampler.names if name in trial.params)
-        return " ".join(["tuned", *(own[name].word(trial.params[name]) for name in chosen)])
-    return "best" if len(study.settings.direction) == 1 else f"trial {trial.number}"
 
 
 def overview(study: Study, objectives: Sequence[str]) -> Overview:
@@ -139,20 +77,10 @@ def _three(value: float, bounds: Sequence[float | None]) -> tuple[float, float, 
     return (found[0], found[1], found[2]) if len(found) == 3 else (value, math.nan, math.nan)
 
 
-def _grouped(study: Study, part: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """The runs below ``part`` by configuration and seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for key, run in study.side_runs().items():
-        kind, name, seed = key.split("/")
-        if kind == part:
-            found.setdefault(name, {})[int(seed.removeprefix("seed="))] = run
-    return found
-
-
 def _baselines(study: Study, objectives: Sequence[str]) -> list[BaselineLine]:
     lines = []
     names = {folder(text): text for text in study.settings.baselines}
-    for name, runs in _grouped(study, "baselines").items():
+    for name, runs in study.side_runs_of("baselines").items():
         done = {seed: run for seed, run in runs.items() if run["state"] == "complete"}
         places = [study.directory / "baselines" / name / f"seed={seed}" for seed in done]
         found = None
@@ -194,8 +122,8 @@ def write(study: Study, objectives: Sequence[str]) -> list[str]:
         lines.append(
             "no trial was completed" if not any(one.objectives for one in found.trials) else "no trial may win"
         )
-    lines += _foretold(found)
-    lines += _noise(study, found)
+    lines += trust.foretold(found)
+    lines += trust.noise(study, found)
     lines += _results(study, objectives)
     return [*lines, *_plots(study, found), f"files {study.directory}"]
 
@@ -320,107 +248,9 @@ def _importances(study: Study, found: Overview) -> list[str]:
     return lines
 
 
-# --- how far to trust it ---------------------------------------------------------------------------------------------
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """Spearman's rho of two rankings, ties shared, with Fisher's 95 % interval (NaN bounds below 4 pairs)."""
-    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second)]
-    if min(float(own.std()) for own in ranks) == 0:
-        return Interval(math.nan, math.nan, math.nan)
-    rho = float(np.corrcoef(*ranks)[0, 1])
-    if len(first) < 4 or abs(rho) >= 1:
-        return Interval(rho, math.nan, math.nan)
-    half = 1.96 * 1.03 / math.sqrt(len(first) - 3)  # the variance of a rank correlation is some 6 % larger
-    return Interval(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half))
-
-
-def _ranks(values: Any) -> Any:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[place]
-
-
-def _foretold(found: Overview) -> list[str]:
-    """How well interim values rank the trials that were completed."""
-    done = [one for one in found.trials if one.state == "complete" and one.objectives and one.interim]
-    if len(done) < 3:
-        return []
-    parts = []
-    for percent in sorted({percent for one in done for percent in one.interim}):
-        both = [one for one in done if percent in one.interim]
-        if len(both) < 3:
-            continue
-        rho = rank_correlation(
-            [one.interim[percent] for one in both], [one.objectives[0].value for one in both if one.objectives]
-        )
-        if not math.isnan(rho.value):
-            bounds = "" if math.isnan(rho.low) else f" [{rho.low:.2f}, {rho.high:.2f}]"
-            parts.append(f"{rho.value:.2f}{bounds} at {percent} %")
-    pruned = sum(one.state == "pruned" for one in found.trials)
-    without = f"; the {pruned} pruned ones are not in it" if pruned else ""
-    if not parts:
-        return []
-    return [f"interim and final ranking agree (Spearman, {len(done)} complete trials{without}): {', '.join(parts)}"]
-
-
-def _noise(study: Study, found: Overview) -> list[str]:
-    """How much seeds alone move the objective, and what it takes to see a small gain."""
-    if found.objectives[0] not in ("objective", "win_rate.value"):
-        return []
-    by_seed = [list(trial.user_attrs.get(SEEDS, {}).values()) for trial in study.trials() if state(trial) == "complete"]
-    groups = [[values[0] for values in seeds] for seeds in by_seed]
-    for part in ("baselines", "results"):
-        for runs in _grouped(study, part).values():
-            groups.append([run["values"][0] for run in runs.values() if run["state"] == "complete"])
-    groups = [values for values in groups if len(values) > 1]
-    lines = []
-    known = [(one.objectives[0].value, one) for one in found.baselines if one.objectives]
-    base = max(known, key=lambda pair: pair[0])[1] if known else None
-    winner = next((one for one in found.trials if one.number in found.winners), None)
-    lead = ""
-    if base is not None and base.objectives and winner is not None and winner.objectives:
-        gain = winner.objectives[0].value - base.objectives[0].value
-        lead = f"; the best trial leads {base.name} by {gain:+.3f}, chosen among {len(found.trials)}"
-    if not groups:
-        if found.trials:
-            lines.append(f"noise between seeds: unknown, hydra.sweeper.replicates=3 or test_seeds=3 shows it{lead}")
-        return lines
-    freedom = sum(len(values) - 1 for values in groups)
-    variance = sum(float(np.var(values, ddof=1)) * (len(values) - 1) for values in groups) / freedom
-    lines.append(
-        f"noise between seeds: standard deviation {math.sqrt(variance):.4f} ({freedom} degrees of freedom){lead}"
-    )
-    if base is not None and winner is not None:
-        tau = _difference_variance(study, base, winner)
-        if tau is not None and variance > 0:
-            prompts, seeds = 2 * _POWER * tau / _GAIN**2, 2 * _POWER * 2 * variance / _GAIN**2
-            lines.append(
-                f"to see a gain of {_GAIN:g} over {base.name} in 8 of 10 studies takes about {math.ceil(prompts):,} "
-                f"prompts and {math.ceil(seeds)} seeds of each"
-            )
-    return lines
-
-
-def _difference_variance(study: Study, base: BaselineLine, winner: TrialLine) -> float | None:
-    """The variance over prompts of the difference between the best trial and a baseline."""
-    place = study.directory / str(winner.number)
-    own = (
-        [place]
-        if (place / "samples.jsonl").exists()
-        else sorted(path.parent for path in place.glob("seed=*/samples.jsonl"))
-    )
-    other = [study.directory / "baselines" / folder(base.name) / f"seed={seed}" for seed in base.seeds]
-    if not own or not all((path / "samples.jsonl").exists() for path in other):
-        return None
-    first, second = by_prompt(own), by_prompt(other)
-    both = [first[key] - second[key] for key in first if key in second]
-    return float(np.var(both, ddof=1)) if len(both) > 1 else None
-
-
 def _results(study: Study, objectives: Sequence[str]) -> list[str]:
     """The best and the baselines on fresh seeds and test prompts."""
-    groups = _grouped(study, "results")
+    groups = study.side_runs_of("results")
     names = {folder(text): text for text in study.settings.baselines}
     found: list[Configuration] = []
     notes = []

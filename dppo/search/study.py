@@ -210,6 +210,15 @@ class Study:
         found.sort(key=lambda pair: int(pair[1]["place"]))
         return {key.removeprefix(_SIDE): value for key, value in found}
 
+    def side_runs_of(self, part: str) -> dict[str, dict[int, dict[str, Any]]]:
+        """The baselines or the results: by the folder of the configuration, then by seed."""
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for key, run in self.side_runs().items():
+            kind, name, seed = key.split("/")
+            if kind == part:
+                found.setdefault(name, {})[int(seed.removeprefix("seed="))] = run
+        return found
+
     def take_side_run(self) -> SideRun | None:
         """A planned run that nobody has begun, or whose process is gone."""
         with hold(self.directory / ".study.lock", "the study"):
