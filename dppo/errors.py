@@ -11,7 +11,14 @@ class UserError(Exception):
 
 
 class Pruned(Exception):
-    """A run was ended early, as it should be: its interim values promise too little. The message is the reason."""
+    """A run was ended early, as it should be: its interim values promise too little.
+
+    The message is the reason, ``step`` the optimiser step after which it was given.
+    """
+
+    def __init__(self, reason: str, step: int = 0) -> None:
+        super().__init__(reason)
+        self.step = step
 
 
 class Resumable(KeyboardInterrupt):

@@ -79,16 +79,23 @@ class Interim:
 
     ``percent_at`` maps optimiser steps to the percent of the run that is done then. ``measure`` gets the policy, in
     eval mode, in the main process alone; None where only held-out pairs are looked at. ``verdict`` is told every row
-    with a percent, once each and in order, and gives the reason to end the run, or None.
+    with a percent, once each and in order, and gives the reason to end the run, or None. ``setup`` stands for what is
+    measured, and on what: a stored row with another one tells this run nothing.
     """
 
     percent_at: Mapping[int, int]
     metric: Literal["win_rate", "accuracy"]
     measure: Callable[[ResponseScorer], Metrics] | None
     verdict: Callable[[Metrics], str | None]
+    setup: int = 0
+
+    def is_own(self, row: Metrics) -> bool:
+        """Whether a stored row is one that this run would measure."""
+        own = self.percent_at.get(int(row["step"]))
+        return own is not None and row.get(PERCENT) == own and row.get(SETUP) == self.setup
 
 
-PERCENT, INTERIM = "interim/percent", "interim/value"
+PERCENT, INTERIM, SETUP = "interim/percent", "interim/value", "interim/setup"
 
 
 @dataclass
@@ -392,7 +399,7 @@ def train(
             if main and (pruned or stopping or (due and not last)):
                 _save(checkpoints, parameters, optimiser, state)
             if pruned:
-                raise Pruned(pruned)
+                raise Pruned(pruned, state.step)
             if stopping:
                 raise Interrupted(f"{title} stopped after step {state.step} of {steps}; a checkpoint was written")
     if settings.save == "best" and state.best_step is not None:
@@ -559,6 +566,7 @@ class _Run:
             PERCENT: interim.percent_at[state.step],
             **({INTERIM: row[f"interim/{interim.metric}"]} if self.accelerator.is_main_process else {}),
             **row,
+            SETUP: interim.setup,
             "interim/seconds": time.perf_counter() - started,
         }
 

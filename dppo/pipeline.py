@@ -20,6 +20,7 @@ from dppo.batches import batches, collate
 from dppo.config import Experiment, Phase, TrainSettings
 from dppo.data import Dataset, LabelledDataset, RankedDataset
 from dppo.data.encoding import ChatEncoder, EncodedSet
+from dppo.data.ids import content_hash
 from dppo.data.kept import Kept
 from dppo.data.shapes import one_row_per_prompt, with_answers_of_the_row_before, with_answers_to_other_prompts
 from dppo.data.subsets import nested_subset
@@ -226,11 +227,11 @@ def _phase(
     start: Artifact,
     base: Artifact,
     encoder: ChatEncoder,
-    watch: Callable[[int, bool], Interim | None] | None,
+    watch: Callable[[int, Sequence[EncodedExample]], Interim | None] | None,
 ) -> Trained:
     """One preference phase: y_gen and reference log-probs if its loss uses them, then training.
 
-    ``watch`` makes the interim measurements for a number of steps; it is told whether there are held-out pairs.
+    ``watch`` makes the interim measurements for a number of steps and the held-out examples.
     """
     train, seed = phase.train, experiment.seed
     data = phase_data(experiment, bench, phase, training, encoder)
@@ -259,7 +260,7 @@ def _phase(
         reference=lookup,
         parents=parents,
         encoder=encoder,
-        interim=watch(n_steps(train, len(examples)), bool(held_out)) if watch is not None else None,
+        interim=watch(n_steps(train, len(examples)), held_out) if watch is not None else None,
     )
 
 
@@ -270,17 +271,20 @@ def _interim(
     encoder: ChatEncoder,
     verdict: Verdict,
     steps: int,
-    has_pairs: bool,
+    held_out: Sequence[EncodedExample],
 ) -> Interim | None:
     """What is measured on the way to the last step: answers to fixed validation prompts against the reference's."""
     settings = experiment.evaluation.interim
-    percent_at, prompts = interim_data(experiment, steps, has_pairs)
+    percent_at, prompts = interim_data(experiment, steps, held_out)
     if not percent_at:
         return None
     measure = None
+    measured: list[Json] = [example.example_id for example in held_out]
     if prompts:
-        _, answers = generate(bench, "baseline", base, prompts, experiment.generation, encoder)
-        _, (baseline,) = scores(bench, experiment.reward, prompts, [answers])
+        answered, answers = generate(bench, "baseline", base, prompts, experiment.generation, encoder)
+        scored, (baseline,) = scores(bench, experiment.reward, prompts, [answers])
+        if settings.metric == "win_rate":
+            measured = [answered.fingerprint, scored.fingerprint, *(prompt.prompt_id for prompt in prompts)]
         train = list(experiment.phases.values())[-1].train
         kl = settings.max_kl is not None
         measure = interim_win_rate(
@@ -296,17 +300,24 @@ def _interim(
             )
         return verdict(row)
 
-    return Interim(percent_at, settings.metric, measure, within_limits)
+    return Interim(
+        percent_at, settings.metric, measure, within_limits, int(content_hash([settings.metric, measured])[:8], 16)
+    )
 
 
-def interim_data(experiment: Experiment, steps: int, has_pairs: bool) -> tuple[dict[int, int], list[Prompt]]:
+def interim_data(
+    experiment: Experiment, steps: int, held_out: Sequence[EncodedExample]
+) -> tuple[dict[int, int], list[Prompt]]:
     """({step: percent of training}, prompts that are answered at each). Raises UserError for data that has none."""
     settings = experiment.evaluation.interim
     shares = [(place + 1) / (settings.n_points + 1) for place in range(settings.n_points)]
-    percent_at = {round(share * steps): round(100 * share) for share in shares if 0 < round(share * steps) < steps}
+    shares.sort(key=lambda share: -abs(round(share * steps) - share * steps))  # of several at a step the nearest counts
+    found = {round(share * steps): round(100 * share) for share in shares if 0 < round(share * steps) < steps}
+    percent_at = dict(sorted(found.items()))
     if not percent_at:
         return {}, []
-    if settings.metric == "accuracy" and not has_pairs:
+    pairs = any(example.response("chosen") and example.response("rejected") for example in held_out)
+    if settings.metric == "accuracy" and not pairs:
         raise UserError(
             "evaluation.interim.metric=accuracy: there are no held-out pairs to rank; choose win_rate, or a data set "
             "with validation pairs"

@@ -314,7 +314,7 @@ def _add_phase(planner: _Planner, phase: Phase, training: Sequence[PreferenceExa
         parents.append(logps.fingerprint)
     steps = n_steps(phase.train, len(data.examples))
     if phase is list(experiment.phases.values())[-1]:
-        _, prompts = pipeline.interim_data(experiment, steps, bool(data.held_out))
+        _, prompts = pipeline.interim_data(experiment, steps, data.held_out)
         if prompts:
             _add_rewards(planner, {"baseline": answers_store(bench, base, experiment.generation, encoder)}, prompts)
     slot = preference_slot(bench, phase, start, parents, data=experiment.dataset.identity(), seed=experiment.seed)

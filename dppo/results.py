@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from dppo.artifacts import manifest
 from dppo.artifacts.files import disk_errors, write_atomic
 from dppo.errors import UserError
-from dppo.loop import PERCENT, Metrics
+from dppo.loop import PERCENT, SETUP, Metrics
 from dppo.types import Artifact, Generation, Json, Prompt
 
 if TYPE_CHECKING:
@@ -158,7 +158,11 @@ def pruned(trained: Trained, phase: str, bench: Workbench) -> dict[str, Any]:
     """The content of ``result.json`` for a run that was ended early: how far it came, and its interim values."""
     outcome = trained.outcome
     measured = [
-        {name.removeprefix("interim/"): value for name, value in row.items() if name.startswith(("step", "interim/"))}
+        {
+            name.removeprefix("interim/"): value
+            for name, value in row.items()
+            if name.startswith(("step", "interim/")) and name != SETUP
+        }
         for row in trained.metrics
         if PERCENT in row
     ]

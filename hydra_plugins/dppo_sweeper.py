@@ -281,6 +281,13 @@ class OptunaSweeper(Sweeper):
         ]
         if not compared or isinstance(sampler, Grid):
             return sampler
+        for name in compared:
+            for key in space.when.get(name, {}):
+                if key in space.names() and key not in compared:
+                    raise UserError(
+                        f"hydra.sweeper.labels.{name}: is compared, but exists for some values of {key} only, which is "
+                        f"not: label {key} scientific too, or leave {name} out of the labels"
+                    )
         if len(compared) == len(space.parameters):
             return Grid()
         return Stratified(tuple(compared), sampler)

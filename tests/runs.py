@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dppo import config, pipeline
+from dppo.errors import Pruned
+from dppo.pipeline import Verdict
 from tests.conftest import small
 
 
@@ -39,12 +43,24 @@ class Finished:
         return [item["stage"] for item in self.result["timings"]["stages"]]
 
 
-def run_small(root: Path, *overrides: str) -> Finished:
+def _goes_on(row: object) -> None:
+    """A verdict that ends no run."""
+
+
+def run_small(root: Path, *overrides: str, verdict: Verdict = _goes_on) -> Finished:
     """A small run with its cache in ``root/cache`` and a directory of its own."""
     words = small(*overrides, f"cache.dir={root / 'cache'}", "device=cpu")
     composed = config.compose(words)
     experiment = config.load(composed, words)
     number = sum(1 for _ in root.glob("run-*"))
     directory = root / f"run-{number}"
-    values = pipeline.run(experiment, directory, resolved={"overrides": words}, overrides=words)
+    values = pipeline.run(experiment, directory, resolved={"overrides": words}, overrides=words, verdict=verdict)
     return Finished(directory, values)
+
+
+def run_pruned(root: Path, *overrides: str, verdict: Verdict = _goes_on) -> Finished:
+    """The same for a run that is pruned."""
+    directory = root / f"run-{sum(1 for _ in root.glob('run-*'))}"
+    with pytest.raises(Pruned):
+        run_small(root, *overrides, verdict=verdict)
+    return Finished(directory, ())

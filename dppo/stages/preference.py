@@ -107,9 +107,9 @@ def preference(
             replay(bench, metrics, interim)
     except Pruned as stop:
         bench.say(f"  {name}: pruned, {stop}")
-        metrics = read_metrics((slot.path if slot.complete() else slot.work) / METRICS)
-        steps = max((int(row["step"]) for row in metrics), default=0)
-        return Trained(None, slot.complete(), {"status": "pruned", "reason": str(stop), "steps": steps}, metrics)
+        found = read_metrics((slot.path if slot.complete() else slot.work) / METRICS)
+        metrics = [row for row in found if row["step"] <= stop.step]  # a longer run may have been there already
+        return Trained(None, slot.complete(), {"status": "pruned", "reason": str(stop), "steps": stop.step}, metrics)
     return Trained(artifact if outcome["status"] == "complete" else None, artifact.reused, outcome, metrics)
 
 

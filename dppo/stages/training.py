@@ -13,7 +13,7 @@ from dppo import startup
 from dppo.artifacts import Build
 from dppo.config import LoraSettings, TrainSettings
 from dppo.errors import Pruned, UserError
-from dppo.loop import INTERIM, Interim, Metrics, Outcome, ReferenceLogps, broadcast, checkpoint_step, train
+from dppo.loop import Interim, Metrics, Outcome, ReferenceLogps, broadcast, checkpoint_step, train
 from dppo.types import Artifact, EncodedExample, Objective
 
 if TYPE_CHECKING:
@@ -181,7 +181,8 @@ def run_training(
     if done:
         bench.say(f"  {title}: continues after step {done}")
         started.extra[CONTINUED] = done
-    rows = [row for row in read_metrics(journal) if row["step"] <= done]
+    # Without a checkpoint everything is done again, step 0 included.
+    rows = [row for row in read_metrics(journal) if row["step"] <= done] if done else []
     if bench.is_main:
         _write_rows(journal, rows)
     replay(bench, rows, interim)
@@ -210,14 +211,20 @@ def run_training(
 
 
 def replay(bench: Workbench, rows: Sequence[Metrics], interim: Interim | None) -> None:
-    """Tell the verdict what was measured before this process began; raises ``Pruned`` where it says so."""
+    """Tell the verdict what was measured before this process began; raises ``Pruned`` where it says so.
+
+    Rows that were measured otherwise, for instance with another reward, are left out.
+    """
     pruned: str | None = None
+    step = 0
     if interim is not None and bench.is_main:
-        measured = (row for row in rows if INTERIM in row)
-        pruned = next((reason for row in measured if (reason := interim.verdict(row)) is not None), None)
-    (pruned,) = broadcast(bench.accelerator, [pruned])
+        for row in filter(interim.is_own, rows):
+            step = int(row["step"])
+            if (pruned := interim.verdict(row)) is not None:
+                break
+    pruned, step = broadcast(bench.accelerator, [pruned, step])
     if pruned:
-        raise Pruned(pruned)
+        raise Pruned(pruned, step)
 
 
 def read_metrics(path: Path) -> list[Metrics]:
