@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import subprocess
@@ -229,7 +230,7 @@ def test_accuracy_needs_pairs_to_rank(loss: str, tmp_path: Path) -> None:
 # --- ended early -----------------------------------------------------------------------------------------------------
 
 
-def test_a_verdict_ends_a_run_that_the_same_command_continues(tmp_path: Path) -> None:
+def test_a_verdict_ends_a_run_that_the_same_command_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     alone = run_small(tmp_path / "alone", *STEEP, POINTS)
     root = tmp_path / "pruned"
     told = Told(at=2)
@@ -248,6 +249,7 @@ def test_a_verdict_ends_a_run_that_the_same_command_continues(tmp_path: Path) ->
     assert steady(pruned.metrics) == steady([row for row in alone.metrics if row["step"] <= 4])
     assert not (pruned.directory / "samples.jsonl").exists()
     assert not (root / "cache" / "preference").exists()
+    assert [path.name for path in root.glob("cache/.work/*/step-*")] == ["step-000000004.safetensors"]
 
     # Another verdict hears of the rows before the checkpoint, once each and in order, and then of the others.
     strict = Told(at=1)
@@ -264,6 +266,7 @@ def test_a_verdict_ends_a_run_that_the_same_command_continues(tmp_path: Path) ->
     heard = Told()
     whole = run_small(root, *STEEP, POINTS, verdict=heard)
     assert heard.percents == [25, 50, 75]
+    assert json.loads((policy(root) / "manifest.json").read_text())["extra"]["continued_after"] == 6
     assert weights(root) == weights(tmp_path / "alone")
     assert whole.samples == alone.samples
     assert steady(whole.metrics) == steady(alone.metrics)
@@ -282,11 +285,16 @@ def test_a_verdict_ends_a_run_that_the_same_command_continues(tmp_path: Path) ->
     assert policy(root).exists()
 
     # What was measured otherwise says nothing about this run.
+    said = "  main: was trained without these interim measurements, so they cannot end it"
+    caplog.set_level(logging.INFO, logger="dppo")
+    run_small(root, *STEEP, POINTS)
+    assert said not in caplog.messages
     for word in ("reward=length", "evaluation.interim.n_prompts=4", "generation.max_new_tokens=7"):
         other = Told(at=1)
         found = run_small(root, *STEEP, POINTS, word, verdict=other)
         assert found.result["status"] == "complete"
         assert other.percents == []
+    assert caplog.messages.count(said) == 3
     fewer = Told()
     run_small(root, *STEEP, "evaluation.interim.n_points=1", verdict=fewer)
     assert fewer.percents == [50]

@@ -152,6 +152,8 @@ def test_wilcoxon_ends_what_is_worse_prompt_by_prompt() -> None:
     for instances in ("prompts", "seeds"):
         one = pruner("wilcoxon", instances=instances)
         assert judged(one, [COMPLETE, COMPLETE, RUNNING], [shuffled, best, worse])
+        assert judged(one, [COMPLETE, COMPLETE, RUNNING], [worse, best, worse]), "the best one is looked at"
+        assert judged(one, [COMPLETE, COMPLETE, RUNNING], [best, worse, worse])
         assert not judged(one, [COMPLETE, RUNNING], [best, best]), "no difference"
         assert not judged(one, [COMPLETE, RUNNING], [best, shuffled]), "another order of the same values"
         assert not judged(one, [COMPLETE, RUNNING], [worse, best])

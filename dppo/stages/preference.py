@@ -105,6 +105,10 @@ def preference(
         outcome, metrics = _outcome(slot), read_metrics(slot.path / METRICS)
         if artifact.reused:
             replay(bench, metrics, interim)
+            if interim is not None and outcome["status"] == "complete":
+                there = {int(row["step"]) for row in metrics if interim.is_own(row)}
+                if there != set(interim.percent_at):
+                    bench.say(f"  {name}: was trained without these interim measurements, so they cannot end it")
     except Pruned as stop:
         bench.say(f"  {name}: pruned, {stop}")
         found = read_metrics((slot.path if slot.complete() else slot.work) / METRICS)
