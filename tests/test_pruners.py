@@ -315,6 +315,7 @@ def watching(tmp_path: Path, name: str = "median", number: int = 6) -> Watch:
         "storage": f"sqlite:///{tmp_path}/study.db",
         "pruner": pruner_settings(name),
         "replicates": 1,
+        "labels": {},
     }
     found = watch(settings, number)
     assert isinstance(found, Watch)
