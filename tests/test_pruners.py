@@ -23,7 +23,7 @@ from dppo.search.pruners import Pruner, pruner_from
 from dppo.search.samplers import Stratified, sampler_from
 from dppo.search.settings import Direction
 from dppo.search.space import Parameter, Space, Value
-from dppo.search.study import ABANDONED, INDEX
+from dppo.search.study import ABANDONED, INDEX, peers
 from dppo.search.watch import Watch, watch
 from tests.test_command_line import is_one_line, typed
 from tests.test_sweeper import settings_of
@@ -337,10 +337,23 @@ def test_a_trial_reports_and_is_ended(study: optuna.Study, tmp_path: Path) -> No
     assert one(row(20, 0.53)) is None
     assert stored(tmp_path, 6).intermediate_values == {20: 0.53}
     said = one(row(40, 0.57))
-    assert said == "0.570 after 40 % of training; the median of 5 trials is 0.620 (median pruner)"
+    assert said == "0.570 after 40 % of training, the median of 5 completed trials is 0.620 (median pruner)"
     assert stored(tmp_path, 6).intermediate_values == {20: 0.53, 40: 0.57}
     assert stored(tmp_path, 6).state == RUNNING, "the sweeper says how it ended"
     assert stored(tmp_path, 5).intermediate_values == {20: 0.9}
+
+
+def test_a_trial_is_compared_with_those_of_its_own_choice(study: optuna.Study) -> None:
+    losses = optuna.distributions.CategoricalDistribution(["dpo", "unll"])
+    rate = optuna.distributions.FloatDistribution(0, 1)
+
+    def trial(loss: str, lr: float) -> FrozenTrial:
+        params = {"loss": loss, "lr": lr}
+        return create_trial(state=RUNNING, params=params, distributions={"loss": losses, "lr": rate})
+
+    trials = [trial("dpo", 0.1), trial("unll", 0.1), trial("dpo", 0.2)]
+    assert peers(trials, trials[2], {"loss": "scientific", "lr": "scientific"}) == [trials[0], trials[2]]
+    assert peers(trials, trials[2], {"loss": "nuisance"}) == trials
 
 
 def test_rungs_are_stored_with_the_trial(study: optuna.Study, tmp_path: Path) -> None:
