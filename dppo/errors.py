@@ -14,5 +14,9 @@ class Pruned(Exception):
     """A run was ended early, as it should be: its interim values promise too little. The message is the reason."""
 
 
+class JobError(Exception):
+    """What made a job fail in another process, as text: not every exception can be sent from one to another."""
+
+
 class Resumable(KeyboardInterrupt):
     """The user stopped what another command continues; the message says which."""
