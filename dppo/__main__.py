@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from dppo.command_line import (
     dotted,
     explain_composition,
 )
-from dppo.errors import Pruned, Resumable, UserError
+from dppo.errors import JobError, Pruned, Resumable, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -96,6 +97,12 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
             raise
         # Past Hydra, which would announce an exception in lines of its own.
         raise SystemExit(complain(str(error))) from None
+    except Exception as error:
+        if not search or str(hydra.launcher._target_).endswith(".BasicLauncher"):
+            raise
+        sent = JobError(f"{type(error).__name__}: {error}")
+        sent.add_note("".join(traceback.format_exception(error)))
+        raise sent from None
     finally:
         startup.end()  # a run that finds everything in the cache loads no model
     return values[0] if len(values) == 1 else values
@@ -131,6 +138,7 @@ def _main() -> int:
     if sys.argv[1:] in (["--help"], ["-h"]):
         return _help()
     from hydra.errors import HydraException
+    from omegaconf.errors import InterpolationResolutionError
 
     # One BLAS and tokenizer thread pool is enough; forked tokenizers would warn on every run.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -169,6 +177,8 @@ def _main() -> int:
         hydra.main(version_base=None, config_path=str(config.CONF_DIR), config_name="config")(run_job)()
     except UserError as error:
         return complain(str(error))
+    except InterpolationResolutionError as error:
+        return complain(str(error).splitlines()[0])
     except HydraException as error:
         return complain(explain_composition(error, overrides, _known_keys()))
     except Resumable as stop:

@@ -254,6 +254,9 @@ class Unused(UserError):
         super().__init__(message)
         self.word = word
 
+    def __reduce__(self) -> tuple[type[Unused], tuple[str, str]]:
+        return type(self), (str(self), self.word)  # launchers send it from one process to another
+
 
 def shown(value: object) -> str:
     """A value as a user would type it on the command line."""

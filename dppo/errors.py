@@ -21,5 +21,9 @@ class Pruned(Exception):
         self.step = step
 
 
+class JobError(Exception):
+    """What made a job fail in another process, as text: not every exception can be sent from one to another."""
+
+
 class Resumable(KeyboardInterrupt):
     """The user stopped what another command continues; the message says which."""

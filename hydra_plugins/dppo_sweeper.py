@@ -42,6 +42,8 @@ _PRUNABLE = ("objective", "win_rate.", "reward.policy", "reward.delta", "held_ou
 _CALIBRATED = "calibrated"
 # A forecast plans so many different trials.
 _FORECAST = 8
+# What is safe to write to files: it stands for text that Hydra reads elsewhere.
+_VARIABLE = re.compile(r"\$\{(oc\.env:\w+|hydra\.[\w.]+)\}")
 
 
 class OptunaSweeper(Sweeper):
@@ -155,7 +157,8 @@ class OptunaSweeper(Sweeper):
         if places["subdir"] != "${hydra.job.num}":
             raise UserError("hydra.sweep.subdir: a trial's directory is its number; drop it")
         typed = str(raw.get("storage"))
-        if shown(typed) != typed and "${" not in typed:
+        literal = _VARIABLE.sub("", typed)
+        if shown(literal) != literal:
             raise UserError(
                 f"hydra.sweeper.storage={shown(typed)}: a password would be written to files; put the URL into an "
                 "environment variable and type 'hydra.sweeper.storage=${oc.env:DPPO_STORAGE}'"
@@ -171,13 +174,19 @@ class OptunaSweeper(Sweeper):
 
     def _launch(self, words: Sequence[str], subdir: str, reports: int | None, number: int) -> tuple[float, ...]:
         """One job, by whatever launcher was chosen."""
+        from hydra.core.utils import configure_log
+
         from dppo.search.watch import TRIAL
+        from dppo.search.workers import stopped_together
 
         assert self.launcher is not None
+        hydra = self._config.hydra
+        configure_log(hydra.hydra_logging, hydra.verbose)  # not every launcher does it
         own = [f"hydra.sweep.subdir='{subdir}'"]
         if reports is not None:
             own.append(f"+hydra.job.env_set.{TRIAL}={reports}")
-        (job,) = self.launcher.launch([[*words, *own]], initial_job_idx=number)
+        with stopped_together():
+            (job,) = self.launcher.launch([[*words, *own]], initial_job_idx=number)
         if job.status == JobStatus.FAILED:
             raise job._return_value
         returned = job.return_value

@@ -337,7 +337,7 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
     (
         "password",
         ["hydra.sweeper.storage='postgresql://me:secret@localhost/x'"],
-        ["postgresql://localhost/x", "oc.env"],
+        ["postgresql://me@localhost/x", "oc.env"],
     ),
     ("calibrated for several penalties", ["penalty=linear,sqrt", "alpha=calibrated"], ["calibrated", "penalty"]),
     ("calibrated without a penalty", ["loss=dpo", "alpha=calibrated"], ["alpha", "nothing in this run uses alpha"]),

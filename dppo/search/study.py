@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -400,6 +401,8 @@ def _refuse_changes(study: optuna.Study, record: Mapping[str, Mapping[str, str]]
 def open_storage(url: str) -> optuna.storages.BaseStorage:
     """The storage of a URL. Raises UserError for one that can't be meant, and what the storage itself raises."""
     import optuna
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
 
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -421,15 +424,28 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     if scheme.startswith("sqlite"):
         # Several workers write: each waits for its turn.
         return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-    if scheme == "postgresql":
-        url = f"postgresql+psycopg://{rest}"
-    return optuna.storages.RDBStorage(url)
+    try:
+        if rest.partition("?")[0].count("@") > 1:
+            raise ValueError  # a part of the password would be taken for the host, and shown
+        read = make_url(f"postgresql+psycopg://{rest}" if scheme == "postgresql" else url)
+    except (ArgumentError, ValueError):  # whose message may hold a part of the password
+        raise UserError(
+            f"hydra.sweeper.storage={shown(url)}: must be {scheme}://user:password@host:port/database, with special "
+            "characters of the password as %XX"
+        ) from None
+    # A connection that a server dropped during a long trial is opened again.
+    return optuna.storages.RDBStorage(read.render_as_string(hide_password=False), engine_kwargs={"pool_pre_ping": True})
 
 
 def shown(url: str) -> str:
     """A storage's URL without a password."""
     scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+    if scheme.startswith(("sqlite", "journal")):
+        return url
+    account, at, place = rest.rpartition("@")  # the last one: a password may hold others
+    user, _, password = account.partition(":")
+    place = re.sub(r"(?i)(\bpass\w*=)[^&]+", r"\1...", place)
+    return f"{scheme}{separator}{user if password else account}{at}{place}"
 
 
 @contextmanager
@@ -451,8 +467,16 @@ def storage_errors(url: str) -> Iterator[None]:
             else "give another hydra.sweeper.storage, or mend or remove that one"
         )
         raise UserError(f"hydra.sweeper.storage={shown(url)}: {reason}; {advice}") from None
-    except (ImportError, ValueError, OSError) as error:
+    except ImportError as error:
+        raise UserError(
+            f"hydra.sweeper.storage={shown(url)}: {str(error).splitlines()[0]} Type pip install 'dppo[storage]'"
+        ) from None
+    except (ValueError, OSError) as error:
         raise UserError(f"hydra.sweeper.storage={shown(url)}: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        if not (url.startswith("grpc://") and hasattr(error, "details")):
+            raise
+        raise UserError(f"hydra.sweeper.storage={shown(url)}: {error.details()}; is the server running?") from None
 
 
 # --- owners ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -22,6 +23,8 @@ from dppo.search.study import WORKER
 _SHOWN = ("trial ", "baseline ", "result ", "warning", "error")
 # A worker that ends like this often without having been killed is not started again.
 _MOST_STARTS = 3
+# Seconds for a job of another process to write a checkpoint.
+_GRACE = 10
 
 
 def shares(n_jobs: int) -> list[dict[str, str]]:
@@ -140,3 +143,36 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def stopped_together() -> Iterator[None]:
+    """While a launcher waits for its job: SIGTERM stops it as Ctrl-C does, and the job ends with this process."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end_children()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _end_children() -> None:
+    import psutil
+
+    children = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            # Python's and joblib's own helper ends with this process, and must: it cleans up behind it.
+            if not any("resource_tracker" in word for word in child.cmdline()):
+                child.terminate()
+                children.append(child)
+    _, left = psutil.wait_procs(children, timeout=_GRACE)
+    for child in left:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
