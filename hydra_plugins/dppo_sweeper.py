@@ -149,7 +149,7 @@ class OptunaSweeper(Sweeper):
         from dppo import config
         from dppo.errors import UserError
         from dppo.search.settings import SearchSettings
-        from dppo.search.study import shown
+        from dppo.search.storage import shown
 
         places = OmegaConf.to_container(self._config.hydra.sweep, resolve=False)
         raw = OmegaConf.to_container(self._config.hydra.sweeper, resolve=False)

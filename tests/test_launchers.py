@@ -12,7 +12,7 @@ import pytest
 
 from dppo.config import Unused
 from dppo.errors import UserError
-from dppo.search.study import open_storage, shown
+from dppo.search.storage import open_storage, shown
 from tests.conftest import Run
 from tests.searches import files_with, free_port, grpc_server, pruning, start, states, until
 from tests.test_command_line import is_one_line, typed
@@ -162,7 +162,7 @@ def test_what_is_shown_of_a_url() -> None:
 
 
 def _open(url: str) -> None:
-    from dppo.search.study import storage_errors
+    from dppo.search.storage import storage_errors
 
     with storage_errors(url):
         open_storage(url)

@@ -9,7 +9,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dppo.search.pruners import Pruner, pruner_from
-from dppo.search.study import counting, open_storage, peers, shown
+from dppo.search.storage import open_storage, shown
+from dppo.search.study import counting, peers
 
 if TYPE_CHECKING:
     import optuna
