@@ -9,6 +9,7 @@ import re
 import secrets
 import shlex
 import socket
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -389,7 +390,9 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         host, _, port = rest.rstrip("/").rpartition(":")
         if not host or not port.isdigit():
             raise UserError(f"hydra.sweeper.storage={url}: must be grpc://host:port")
-        return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental, and chosen knowingly
+            return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
     known = ("sqlite", "postgresql", "mysql")
     if scheme.partition("+")[0] not in known:
         near = difflib.get_close_matches(scheme, [*known, "journal", "grpc"], n=1)
