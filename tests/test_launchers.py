@@ -21,27 +21,32 @@ SECRET = "planted-Secret-7"
 STORAGE = "hydra.sweeper.storage=${oc.env:DPPO_STORAGE}"
 
 
-def test_joblib_and_a_journal(dppo: Run, tmp_path: Path) -> None:
-    words = pruning(
-        4, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.storage=journal:///trials.log"
-    )
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cache for several tests: the SFT model is a good part of a small search."""
+    return f"cache.dir={tmp_path_factory.mktemp('shared')}"
+
+
+def test_joblib_and_a_journal(dppo: Run, tmp_path: Path, shared: str) -> None:
+    words = pruning(4, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", shared)
+    words += ["hydra.sweeper.storage=journal:///trials.log"]
     done = dppo(*words)
     assert done.returncode == 0, done.stderr
     assert states(tmp_path) == ["complete", "pruned", "pruned", "pruned"], done.stdout + done.stderr
     assert (tmp_path / "trials.log").stat().st_size
 
 
-def test_submitit_and_a_server(dppo: Run, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submitit_and_a_server(dppo: Run, tmp_path: Path, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with grpc_server(tmp_path) as url:
         monkeypatch.setenv("DPPO_STORAGE", url)
-        done = dppo(*pruning(4, "hydra/launcher=submitit_local", STORAGE, cache))
+        done = dppo(*pruning(4, "hydra/launcher=submitit_local", STORAGE, shared))
     assert done.returncode == 0, done.stderr
     assert states(tmp_path) == ["complete", "pruned", "pruned", "pruned"], done.stdout + done.stderr
     assert "Submitit" not in done.stdout, "the sweeper announces trials"
 
 
-def test_two_sweepers_share_the_trials_of_one_study(tmp_path: Path, cache: str) -> None:
-    words = pruning(6, cache)
+def test_two_sweepers_share_the_trials_of_one_study(tmp_path: Path, shared: str) -> None:
+    words = pruning(6, shared)
     first = start(tmp_path, *words)
     until((tmp_path / "outputs" / "sweeps" / "search" / "0").exists, first)
     first.send_signal(signal.SIGSTOP)  # or it had run them all before the second one is there
@@ -59,6 +64,7 @@ def test_two_sweepers_share_the_trials_of_one_study(tmp_path: Path, cache: str) 
     assert "pruned" in ended
 
 
+@pytest.mark.slow
 def test_no_job_outlives_a_search_that_is_stopped(tmp_path: Path) -> None:
     words = pruning(2, "hydra/launcher=submitit_local", "train.steps=20000")
     search = start(tmp_path, *words)
@@ -72,8 +78,9 @@ def test_no_job_outlives_a_search_that_is_stopped(tmp_path: Path) -> None:
     assert not [job for job in jobs if job.is_running() and job.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_what_made_a_job_fail_comes_back(
-    dppo: Run, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+    dppo: Run, tmp_path: Path, shared: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "own_reward.py"
     own.write_text(
@@ -88,7 +95,7 @@ def test_what_made_a_job_fail_comes_back(
         "    def score(self, *given): raise Odd(needed='words')\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    words = pruning(2, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_trials=1", cache)
+    words = pruning(2, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_trials=1", shared)
     words += ["allowed_targets=[own_reward]", "reward._target_=own_reward.Reward", "hydra.sweeper.max_failure_rate=1"]
     done = dppo(*words)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -31,7 +32,9 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         host, _, port = rest.rstrip("/").rpartition(":")
         if not host or not port.isdigit():
             raise UserError(f"hydra.sweeper.storage={url}: must be grpc://host:port")
-        return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental, and chosen knowingly
+            return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
     known = ("sqlite", "postgresql", "mysql")
     if scheme.partition("+")[0] not in known:
         near = difflib.get_close_matches(scheme, [*known, "journal", "grpc"], n=1)
