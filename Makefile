@@ -10,7 +10,7 @@ run: $(VENV)/installed
 	$(BIN)/python -m dppo
 
 test: $(VENV)/installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not cluster"
 
 test-all: $(VENV)/installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not cluster"

@@ -173,24 +173,30 @@ class OptunaSweeper(Sweeper):
         return dataclasses.replace(settings, resume=True) if is_worker else settings
 
     def _launch(self, words: Sequence[str], subdir: str, reports: int | None, number: int) -> tuple[float, ...]:
-        """One job, by whatever launcher was chosen."""
+        """One run, by whatever launcher was chosen."""
+        from dppo.search.watch import TRIAL
+
+        returned = self._job(words, subdir, {} if reports is None else {TRIAL: reports}, number)
+        return tuple(returned) if isinstance(returned, (tuple, list)) else (float(returned),)
+
+    def _job(self, words: Sequence[str], subdir: str, environment: Mapping[str, int], number: int) -> Any:
+        """What one job returns; raises what made it fail."""
         from hydra.core.utils import configure_log
 
-        from dppo.search.watch import TRIAL
         from dppo.search.workers import stopped_together
 
         assert self.launcher is not None
         hydra = self._config.hydra
         configure_log(hydra.hydra_logging, hydra.verbose)  # not every launcher does it
-        own = [f"hydra.sweep.subdir='{subdir}'"]
-        if reports is not None:
-            own.append(f"+hydra.job.env_set.{TRIAL}={reports}")
+        own = [
+            f"hydra.sweep.subdir='{subdir}'",
+            *(f"+hydra.job.env_set.{key}={environment[key]}" for key in environment),
+        ]
         with stopped_together():
             (job,) = self.launcher.launch([[*words, *own]], initial_job_idx=number)
         if job.status == JobStatus.FAILED:
             raise job._return_value
-        returned = job.return_value
-        return tuple(returned) if isinstance(returned, (tuple, list)) else (float(returned),)
+        return job.return_value
 
     # --- the search space --------------------------------------------------------------------------------------------
 
@@ -265,8 +271,9 @@ class OptunaSweeper(Sweeper):
         from dppo.errors import UserError
         from dppo.search.samplers import FromOptuna, Grid, Stratified, sampler_from
 
+        given = {word.lstrip("+~").partition("=")[0] for word in fixed} | set(settings.params)
         for name in settings.labels:
-            if name not in space.names():
+            if name not in space.names() and name not in given:  # else a fixed value has taken its place
                 raise UserError(f"hydra.sweeper.labels.{name}: is not searched; searched: {', '.join(space.names())}")
         sampler = sampler_from(settings.sampler, settings.direction)
         if settings.custom_search_space is not None:
@@ -415,11 +422,7 @@ class OptunaSweeper(Sweeper):
         if stored.exists():
             found = json.loads(stored.read_text("utf-8"))
         else:
-            assert self.launcher is not None
-            own = ["hydra.sweep.subdir='calibration'", f"+hydra.job.env_set.{CALIBRATION}=1"]
-            (job,) = self.launcher.launch([[*words, *own]], initial_job_idx=0)
-            if job.status == JobStatus.FAILED:
-                raise job._return_value
+            self._job(words, "calibration", {CALIBRATION: 1}, 0)
             found = json.loads(stored.read_text("utf-8"))
         strength = float(found["mean"])
         if strength <= 0:

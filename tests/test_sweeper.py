@@ -161,7 +161,7 @@ def test_an_interrupted_search_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "run", interrupted)
-    assert typed(monkeypatch, tmp_path, "-m", "+sweep=alpha", FIXED) == 130
+    assert typed(monkeypatch, tmp_path, "-m", "+sweep=alpha", FIXED, "hydra.sweeper.baselines=[]") == 130
     assert "interrupted: the same command with hydra.sweeper.resume=true continues" in capfd.readouterr().err
     (trial,) = load(tmp_path, "alpha").get_trials()
     assert trial.state == TrialState.RUNNING

@@ -13,7 +13,13 @@ import pytest
 from tests.conftest import Run, small
 
 
-@pytest.mark.parametrize("loss", [["loss=unll", "alpha=0.1"], ["loss=kto", "train.tokens_per_micro_batch=100"]])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ["loss=unll", "alpha=0.1"],
+        pytest.param(["loss=kto", "train.tokens_per_micro_batch=100"], marks=pytest.mark.slow),
+    ],
+)
 def test_torchrun_with_two_processes_is_the_same_experiment(loss: list[str], dppo: Run, tmp_path: Path) -> None:
     words = small(*loss, "device=cpu")
     alone = dppo(*words, "hydra.run.dir=alone", "cache.dir=cache-alone")

@@ -113,7 +113,9 @@ def check(tmp_path: Path, *, key: bool) -> None:
                 assert KEY.encode() not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize("listens", [False, True], ids=["closed port", "never answers"])
+@pytest.mark.parametrize(
+    "listens", [pytest.param(False, marks=pytest.mark.slow, id="closed port"), pytest.param(True, id="never answers")]
+)
 def test_online_without_a_network_says_one_line_and_goes_on_offline(
     listens: bool, dppo: Dppo, address: Callable[[bool], str], tmp_path: Path
 ) -> None:
