@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from dppo.command_line import EXIT_INTERRUPTED
 from dppo.errors import UserError
 from dppo.search.study import WORKER
 
 _SHOWN = ("trial ", "baseline ", "result ", "warning", "error")
-# A worker that ends like this often without having been killed is not started again.
-_MOST_STARTS = 3
+# A worker that is killed or stopped alone is started again, so often at the most.
+_MOST_STARTS = 9
+# Seconds for what an ended worker printed; a process that it started and left may hold its output open.
+_LAST_WORDS = 5
 # Seconds for a job of another process to write a checkpoint.
 _GRACE = 10
 
@@ -88,15 +91,18 @@ def run_workers(
                     status = worker.process.wait(timeout=0.1)
                 except subprocess.TimeoutExpired:
                     continue
-                worker.reader.join()
+                worker.reader.join(timeout=_LAST_WORDS)
                 del running[number]
-                if status < 0 and not stopped:
+                if stopped or status == 0:
+                    continue
+                if status < 0:
                     print(f"worker {number} was killed by signal {-status}", flush=True)
                     died(worker.process.pid)
-                    if left() and starts[number] < _MOST_STARTS * 3:
-                        start(number)
-                elif status not in (0, 130) and not stopped:
+                elif status != EXIT_INTERRUPTED:
                     failed.append(f"worker {number} ended with status {status}")
+                    continue
+                if left() and starts[number] < _MOST_STARTS:
+                    start(number)
     finally:
         for number_, handler in previous.items():
             signal.signal(number_, handler)
