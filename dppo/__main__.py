@@ -81,7 +81,9 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
             directory,
             resolved={str(key): value for key, value in resolved.items() if value != "???"},
             overrides=overrides,
-            verdict=watch(_plain(hydra.sweeper), int(os.environ[TRIAL])) if reports else lambda row: None,
+            verdict=watch(_plain(hydra.sweeper), int(os.environ[TRIAL]), hydra.sweep.dir)
+            if reports
+            else lambda row: None,
         )
     except Pruned:
         if search:

@@ -106,8 +106,11 @@ class OptunaSweeper(Sweeper):
         try:
             study.plan(_baseline_runs(study, baselines, experiment.seed))
             self._work(runner)
-            study.plan(_result_runs(study, baselines, experiment.seed))
-            self._work(runner)
+            if study.is_done():
+                study.plan(_result_runs(study, baselines, experiment.seed))
+                self._work(runner)
+            else:
+                say("another process still runs a trial of this study: it makes the results")
         except KeyboardInterrupt as stop:
             said = f"{stop}; " if str(stop) else ""
             raise Resumable(f"{said}the same command with hydra.sweeper.resume=true") from None
@@ -149,7 +152,7 @@ class OptunaSweeper(Sweeper):
         from dppo import config
         from dppo.errors import UserError
         from dppo.search.settings import SearchSettings
-        from dppo.search.storage import shown
+        from dppo.search.storage import file_in, shown
 
         places = OmegaConf.to_container(self._config.hydra.sweep, resolve=False)
         raw = OmegaConf.to_container(self._config.hydra.sweeper, resolve=False)
@@ -167,7 +170,7 @@ class OptunaSweeper(Sweeper):
         direction = given.get("direction")
         given["direction"] = [direction] if isinstance(direction, str) else direction
         if given.get("storage") is None:
-            given["storage"] = f"sqlite:///{self._config.hydra.sweep.dir}/study.db"
+            given["storage"] = file_in(str(self._config.hydra.sweep.dir))
         settings: SearchSettings = config.typed(SearchSettings, given, "hydra.sweeper")
         assert settings.bounds is not None  # refuses what is not a constraint
         return dataclasses.replace(settings, resume=True) if is_worker else settings

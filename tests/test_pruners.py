@@ -317,7 +317,7 @@ def watching(tmp_path: Path, name: str = "median", number: int = 6) -> Watch:
         "replicates": 1,
         "labels": {},
     }
-    found = watch(settings, number)
+    found = watch(settings, number, str(tmp_path))
     assert isinstance(found, Watch)
     return found
 

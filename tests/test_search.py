@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import re
 import resource
 import shlex
 import signal
@@ -107,7 +108,7 @@ def test_a_pruned_search_killed_at_random_ends_as_an_undisturbed_one(
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     winner = max(complete, key=lambda trial: trial.values[0])
     line = winner.user_attrs[studies.COMMAND]
-    assert f"best: trial {winner.number}, win_rate.value" in resumed.stdout
+    assert f"best trial {winner.number}: win_rate.value" in resumed.stdout
     assert line in resumed.stdout
     assert line + "\n" == (directory / str(winner.number) / "command.txt").read_text()
     best = yaml.safe_load((directory / "best.yaml").read_text())
@@ -207,10 +208,10 @@ def test_replicates_baselines_constraints_and_results(
     assert float(table[0]["win_rate.value"]) == 0.5
     assert {row["feasible"] for row in table[2:]} == {"true", "false"}
     assert "violates kl.nats_per_token<=1e-3" in printed
-    winners = [line for line in printed.splitlines() if line.startswith("best tuned alpha=")]
+    winners = [line for line in printed.splitlines() if re.match(r"best alpha=\S+ trial \d+: win_rate", line)]
     assert winners
     for line in winners:
-        number = int(line.partition(": trial ")[2].partition(",")[0])
+        number = int(line.partition(" trial ")[2].partition(":")[0])
         assert study.get_trials()[number].constraints["kl.nats_per_token<=1e-3"] <= 0
     # Results: seeds that no trial had, test prompts.
     with (directory / "results.csv").open() as file:
@@ -225,6 +226,21 @@ def test_replicates_baselines_constraints_and_results(
     assert "noise between seeds: standard deviation" in printed
     assert "result: fresh seeds, 8 test prompts" in printed
     assert {path.name for path in (directory / "plots").glob("*.png")} >= {"history.png", "slices.png", "timeline.png"}
+
+
+def test_a_study_that_goes_on_has_results_of_its_new_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SEARCH, "loss=dpo", "train.learning_rate=choice(1e-4,0.08)", "hydra/sweeper/sampler=grid"]
+    words += ["hydra/sweeper/pruner=none", "hydra.sweeper.test_seeds=1", "hydra.sweeper.storage=null"]
+    assert typed(monkeypatch, tmp_path, *words, "hydra.sweeper.n_trials=1") == 0
+    assert re.search(r"^best trial 0 +1 +0\.", capfd.readouterr().out, re.MULTILINE)
+    assert typed(monkeypatch, tmp_path, *words, "hydra.sweeper.n_trials=2", "hydra.sweeper.resume=true") == 0
+    printed = capfd.readouterr().out
+    assert re.search(r"^best trial 1 +1 +1\.", printed, re.MULTILINE)
+    assert not re.search(r"^best trial 0 +1 ", printed, re.MULTILINE)
+    folders = sorted(path.name for path in (tmp_path / "outputs" / "sweeps" / "search" / "results").iterdir())
+    assert folders == ["best,trial,0", "best,trial,1"]
 
 
 def test_no_further_seed_for_a_trial_that_is_worse_than_the_best(

@@ -19,9 +19,8 @@ from dppo.results import command_line
 from dppo.search import trust
 from dppo.search.measured import measured
 from dppo.search.overview import BaselineLine, Overview, TrialLine
-from dppo.search.samplers import Stratified
 from dppo.search.study import ABANDONED, COMMAND, ERROR, INDEX, INTERVALS, OWNER, SEEDS, WHY, Study, folder
-from dppo.search.winners import best, feasible, name_of, state
+from dppo.search.winners import best, feasible, name_of, shown_winners, state
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -201,9 +200,8 @@ def _winners(study: Study, found: Overview, winners: Sequence[FrozenTrial]) -> l
     for trial in winners:
         objectives = shown[trial.number].objectives or ()
         values = ", ".join(f"{path} {_shown(one)}" for path, one in zip(found.objectives, objectives, strict=True))
-        compared = isinstance(study.sampler, Stratified)
-        title = "  trial" if several else f"best {name_of(study, trial)}: trial" if compared else "best: trial"
-        lines += [f"{title} {trial.number}, {values}", f"  {trial.user_attrs[COMMAND]}"]
+        title = f"  {name_of(study, trial)}" if several else name_of(study, trial)
+        lines += [f"{title}: {values}", f"  {trial.user_attrs[COMMAND]}"]
         lines += _boundaries(study, trial) if not several else []
     return lines + _importances(study, found)
 
@@ -250,12 +248,14 @@ def _importances(study: Study, found: Overview) -> list[str]:
 
 def _results(study: Study, objectives: Sequence[str]) -> list[str]:
     """The best and the baselines on fresh seeds and test prompts."""
-    groups = study.side_runs_of("results")
     names = {folder(text): text for text in study.settings.baselines}
+    shown = {**names, **{folder(name): name for name in (name_of(study, trial) for trial in shown_winners(study))}}
+    # A study that went on may have results of a trial that was the best before.
+    groups = {name: runs for name, runs in study.side_runs_of("results").items() if name in shown}
     found: list[Configuration] = []
     notes = []
     for name, runs in groups.items():
-        title = names.get(name, name.replace(",", " "))
+        title = shown[name]
         done = [seed for seed, run in runs.items() if run["state"] in ("complete", "diverged")]
         notes += [f"result {title}: {run['reason']}" for run in runs.values() if run["state"] == "failed"]
         if done:

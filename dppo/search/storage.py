@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     import optuna
 
 
+def file_in(directory: str) -> str:
+    """The URL of the file that serves where none is given."""
+    return f"sqlite:///{directory}/study.db"
+
+
 def open_storage(url: str) -> optuna.storages.BaseStorage:
     """The storage of a URL. Raises UserError for one that can't be meant, and what the storage itself raises."""
     import optuna

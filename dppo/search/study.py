@@ -195,6 +195,11 @@ class Study:
 
     # --- runs that are not trials ------------------------------------------------------------------------------------
 
+    def is_done(self) -> bool:
+        """Whether all trials there will be have ended, whoever ran them."""
+        trials = self.trials()
+        return len(trials) >= self.total and all(trial.state.is_finished() for trial in trials)
+
     def plan(self, runs: Sequence[SideRun]) -> None:
         """Have these runs made, each once, by whoever asks for one; those that are known stay as they are."""
         with hold(self.directory / ".study.lock", "the study"), storage_errors(self.settings.storage):

@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dppo.search.pruners import Pruner, pruner_from
-from dppo.search.storage import open_storage, shown
+from dppo.search.storage import file_in, open_storage, shown
 from dppo.search.study import counting, peers
 
 if TYPE_CHECKING:
@@ -70,15 +70,18 @@ class Watch:
         return f"{value:.3f} after {percent} % of training, {beside} ({self.pruner.name} pruner)"
 
 
-def watch(settings: Mapping[str, Any], number: int) -> Callable[[Mapping[str, float | int]], str | None]:
-    """The watch over trial ``number`` of the study that ``hydra.sweeper`` describes."""
+def watch(
+    settings: Mapping[str, Any], number: int, directory: str
+) -> Callable[[Mapping[str, float | int]], str | None]:
+    """The watch over trial ``number`` of the study that ``hydra.sweeper`` describes, in the sweep's directory."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    url = settings["storage"] or file_in(directory)
     study = optuna.load_study(
         study_name=settings["study_name"],
-        storage=open_storage(settings["storage"]),
+        storage=open_storage(url),
         sampler=optuna.samplers.RandomSampler(),
     )
     pruner = pruner_from(settings["pruner"], int(settings["replicates"]))
-    return Watch(study, number, pruner, settings["storage"], settings["labels"])
+    return Watch(study, number, pruner, url, settings["labels"])

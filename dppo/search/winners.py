@@ -67,9 +67,10 @@ def shown_winners(study: Study) -> list[FrozenTrial]:
 
 
 def name_of(study: Study, trial: FrozenTrial) -> str:
-    """What a winning trial is called beside the baselines."""
+    """What a winning trial is called beside the baselines; another winner has another name."""
+    told = f"trial {trial.number}"
     if isinstance(study.sampler, Stratified):
         own = {one.name: one for one in study.space.parameters}
-        chosen = (name for name in study.sampler.names if name in trial.params)
-        return " ".join(["tuned", *(own[name].word(trial.params[name]) for name in chosen)])
-    return "best" if len(study.settings.direction) == 1 else f"trial {trial.number}"
+        chosen = (own[name].word(trial.params[name]) for name in study.sampler.names if name in trial.params)
+        return " ".join(["best", *chosen, told])
+    return f"best {told}" if len(study.settings.direction) == 1 else told
