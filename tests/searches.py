@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import small
 
@@ -84,7 +85,7 @@ def start(root: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def until(reached: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
     """Wait for what ``process`` does."""
     deadline = time.monotonic() + 120
     while not reached():

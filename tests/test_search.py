@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from optuna.trial import TrialState
 
 from dppo.search import study as studies
 from tests.conftest import Run, small
+from tests.searches import until
 from tests.test_command_line import is_one_line, typed
 from tests.test_sweeper import counted, load, rows
 
@@ -48,12 +48,6 @@ def outcome(study: optuna.Study) -> list[Any]:
 
 def begun(directory: Path) -> int:
     return len(list(directory.glob("[0-9]*/config.yaml")))
-
-
-def until(condition: Callable[[], object], process: subprocess.Popen[Any] | None = None) -> None:
-    while not condition():
-        assert process is None or process.poll() is None, "it ended before"
-        time.sleep(0.005)
 
 
 def test_a_pruned_search_killed_at_random_ends_as_an_undisturbed_one(
