@@ -94,6 +94,8 @@ def test_what_it_takes_to_see_a_small_gain(tmp_path: Path, monkeypatch: pytest.M
     found = overview(study, ["win_rate.value"])
     monkeypatch.setattr(trust, "_difference_variance", lambda *given: 0.25)
     lines = trust.noise(study, type(found)(**{**vars(found), "baselines": (base,)}))
-    assert "the best trial leads loss=dpo by +0.110, chosen among 1" in lines[0]
+    assert "the best trial leads loss=dpo by 0.110, chosen among 1" in lines[0]
+    ahead = BaselineLine("loss=dpo", (Interval(0.9, 0.8, 1.0),), (0,), "python -m dppo")
+    assert "is 0.090 behind loss=dpo" in trust.noise(study, type(found)(**{**vars(found), "baselines": (ahead,)}))[0]
     # 2 (1.96 + 0.84)^2 0.25 / 0.02^2 prompts; 4 (1.96 + 0.84)^2 0.0002 / 0.02^2 seeds.
     assert "9,812 prompts and 16 seeds of each" in lines[1]

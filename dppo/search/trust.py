@@ -24,7 +24,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Interva
     if min(float(own.std()) for own in ranks) == 0:
         return Interval(math.nan, math.nan, math.nan)
     rho = float(np.corrcoef(*ranks)[0, 1])
-    if len(first) < 4 or abs(rho) >= 1:
+    if len(first) < 4 or abs(rho) > 1 - 1e-9:
         return Interval(rho, math.nan, math.nan)
     half = 1.96 * 1.03 / math.sqrt(len(first) - 3)  # the variance of a rank correlation is some 6 % larger
     return Interval(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half))
@@ -76,7 +76,8 @@ def noise(study: Study, found: Overview) -> list[str]:
     lead = ""
     if base is not None and base.objectives and winner is not None and winner.objectives:
         gain = winner.objectives[0].value - base.objectives[0].value
-        lead = f"; the best trial leads {base.name} by {gain:+.3f}, chosen among {len(found.trials)}"
+        told = f"leads {base.name} by {gain:.3f}" if gain >= 0 else f"is {-gain:.3f} behind {base.name}"
+        lead = f"; the best trial {told}, chosen among {len(found.trials)}"
     if not groups:
         if found.trials:
             lines.append(f"noise between seeds: unknown, hydra.sweeper.replicates=3 or test_seeds=3 shows it{lead}")
