@@ -298,11 +298,11 @@ def _search_space(sweeper: Any, overrides: Sequence[str]) -> list[str]:
     A search with Optuna keeps the two apart itself, and gets its fixed directory here: the same command finds it again.
     """
     if _is_search(sweeper):
-        placed = any(word.lstrip("+").startswith("hydra.sweep.dir=") for word in overrides)
+        placed = any(config.key_of(word) == "hydra.sweep.dir" for word in overrides)
         return [] if placed else ["hydra.sweep.dir=outputs/sweeps/${hydra.sweeper.study_name}"]
     if not str(sweeper.get("_target_", "")).endswith("BasicSweeper") or not sweeper.params:
         return []
-    typed = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    typed = set(map(config.key_of, overrides))
     preset = [f"{key}={value}" for key, value in sweeper.params.items() if key not in typed]
     return [*preset, "hydra.sweeper.params=null"]
 

@@ -107,3 +107,11 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, Mapping):
             names += dotted(value, f"{prefix}{key}.")
     return names
+
+
+def duration(seconds: float) -> str:
+    """A time to read."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -10,7 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dppo.command_line import Parser, aligned, command
-from dppo.evaluation.comparison import METRICS, PAIR_METRICS, Line, compare_runs, configurations, find_runs, sft_value
+from dppo.evaluation.comparison import (
+    METRICS,
+    PAIR_METRICS,
+    Line,
+    compare_runs,
+    configurations,
+    find_runs,
+    sft_value,
+    shown_interval,
+    shown_p,
+)
 from dppo.evaluation.win_rates import Interval
 
 _WHISKERS = 25
@@ -71,11 +81,11 @@ def table(lines: Sequence[Line], metric: str, sft: float | None) -> list[str]:
             [
                 line.label,
                 seeds,
-                _interval(line.value),
+                shown_interval(line.value),
                 _whiskers(line.value, low, high),
                 "" if math.isnan(line.over_seeds.low) else f"[{line.over_seeds.low:.3f}, {line.over_seeds.high:.3f}]",
-                "baseline" if line.difference is None else _interval(line.difference, sign="+"),
-                "" if line.p is None else f"{line.p:.3f}" if line.p >= 0.001 else "<0.001",
+                "baseline" if line.difference is None else shown_interval(line.difference, sign="+"),
+                shown_p(line.p),
                 f"{line.means['kl_nats_per_answer']:.2f}" if line.means else "",
                 f"{line.means['tokens']:.1f}" if line.means else "",
             ]
@@ -100,10 +110,6 @@ def table(lines: Sequence[Line], metric: str, sft: float | None) -> list[str]:
             "One seed each: the intervals hold for these trained models, not for the methods; add seed=0,1,2,3,4."
         )
     return [text[0], "-" * max(map(len, text)), *text[1:], "", *notes]
-
-
-def _interval(found: Interval, sign: str = "") -> str:
-    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
 def _whiskers(found: Interval, low: float, high: float) -> str:

@@ -289,6 +289,11 @@ def check_max_length(value: int | str | None) -> None:
         require(value >= 2, "max_length", value, "must be at least 2 tokens, a percentile such as p95, or null")
 
 
+def key_of(word: str) -> str:
+    """The key or group of an override, without the prefix that adds or removes it."""
+    return word.lstrip("+~").partition("=")[0]
+
+
 def canonical(overrides: Sequence[str]) -> list[str]:
     """Both spellings of the penalty group, ``penalty=`` and ``penalty_fn=``, as ``penalty=``.
 

@@ -20,7 +20,7 @@ from dppo import pipeline, results
 from dppo.artifacts import Cache, Damaged, Manifest, Slot, Store, fingerprint, maintenance, short
 from dppo.artifacts.layout import Entry, Layout
 from dppo.cache import size
-from dppo.command_line import aligned
+from dppo.command_line import aligned, duration
 from dppo.config import Experiment, Phase
 from dppo.data.encoding import ChatEncoder
 from dppo.errors import UserError
@@ -155,14 +155,6 @@ def _total(text: str, any_known: bool, unknown: Sequence[str]) -> str:
     if not unknown:
         return f"about {text}"
     return f"at least {text}" if any_known else "an unknown amount"
-
-
-def duration(seconds: float) -> str:
-    """A time to read."""
-    if seconds < 90:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class _ReadOnly(Cache):

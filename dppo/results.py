@@ -245,10 +245,15 @@ def _objective(result: Mapping[str, Any], path: str) -> float:
         if path.split(".")[0] in ("kl", "length", "timings"):
             return math.inf
         return -math.inf if path.startswith(("reward", "held_out.log", "held_out.margin", "after_edit")) else 0.0
+    return number(result, path, "objectives")
+
+
+def number(result: Mapping[str, Any], path: str, asked_by: str) -> float:
+    """The number at a dotted path of a result. Raises UserError, which names who asks, if it is not there."""
     found: Any = result
     for key in path.split("."):
         if key not in found:
-            raise UserError(f"objectives=[{path}]: this run has no such number, its data set holds no pairs")
+            raise UserError(f"{asked_by}=[{path}]: this run has no such number, its data set holds no pairs")
         found = found[key]
     return float(found)
 

@@ -7,6 +7,7 @@ register nothing.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -40,6 +41,8 @@ _NO_INFLUENCE = ("cache.", "device", "tracking.", "dry_run", "evaluation.interim
 _POINTS = 4
 _PRUNABLE = ("objective", "win_rate.", "reward.policy", "reward.delta", "held_out.accuracy")
 _CALIBRATED = "calibrated"
+# What the strength of a penalty under the SFT model depends on.
+_OF_STRENGTH = frozenset({"loss", "loss/base", "penalty", "model", "sft", "dataset"})
 # A forecast plans so many different trials.
 _FORECAST = 8
 # What is safe to write to files: it stands for text that Hydra reads elsewhere.
@@ -84,9 +87,10 @@ class OptunaSweeper(Sweeper):
         fixed, pruner, note = self._pruned(fixed, pruner, settings)
         sampler = self._sampler(space, fixed, settings)
         sampler.limit(space)
-        experiment, configuration = self._check(space, fixed, settings)
+        experiment, configuration = self._check(space, fixed, settings, is_worker)
         directory = Path(str(self._config.hydra.sweep.dir))
-        baselines = [self._baseline(text, fixed) for text in settings.baselines]
+        # A worker takes what was planned.
+        baselines = [] if is_worker else [self._baseline(text, fixed) for text in settings.baselines]
         if experiment.dry_run:
             for line in self._forecast(space, sampler, fixed, settings, baselines):
                 say(line)
@@ -121,27 +125,14 @@ class OptunaSweeper(Sweeper):
     def _work(self, runner: Any) -> None:
         """Run what is left of the study, in this process or in workers."""
         from dppo.search import workers
-        from dppo.search.study import is_gone
 
         study = runner.study
         if study.settings.n_jobs == 1:
             runner.work()
             return
 
-        def left() -> bool:
-            begun = [
-                trial
-                for trial in study.trials()
-                if not (trial.state.name == "RUNNING" and is_gone(trial.user_attrs["owner"]))
-            ]
-            planned = any(
-                run["state"] == "planned" or (run["state"] == "running" and is_gone(run["owner"]))
-                for run in study.side_runs().values()
-            )
-            return len(begun) < study.total or planned
-
-        if left():
-            workers.run_workers(study.settings.n_jobs, study.directory, study.count_death, left, sys.argv[1:])
+        if study.has_work():
+            workers.run_workers(study.settings.n_jobs, study.directory, study.count_death, study.has_work, sys.argv[1:])
 
     @property
     def _config(self) -> DictConfig:
@@ -229,6 +220,7 @@ class OptunaSweeper(Sweeper):
         return fixed, [_parameter(one) for one in searched]
 
     def _space(self, fixed: Sequence[str], parameters: Sequence[Parameter], settings: SearchSettings) -> Space:
+        from dppo import config
         from dppo.errors import UserError
         from dppo.search.space import Space
 
@@ -236,7 +228,7 @@ class OptunaSweeper(Sweeper):
         composed = self._compose(fixed, with_hydra=True)
         chosen: dict[str, str] = {}
         when: dict[str, dict[str, tuple[str, ...]]] = {}
-        typed = {word.lstrip("+~").partition("=")[0] for word in fixed}
+        typed = set(map(config.key_of, fixed))
         for name, conditions in settings.when.items():
             if name not in names:
                 if name in typed or name in settings.params:
@@ -271,10 +263,11 @@ class OptunaSweeper(Sweeper):
 
     def _sampler(self, space: Space, fixed: Sequence[str], settings: SearchSettings) -> Sampler:
         """The sampler, with an equal share of the trials for every choice that is compared."""
+        from dppo import config
         from dppo.errors import UserError
         from dppo.search.samplers import FromOptuna, Grid, Stratified, sampler_from
 
-        given = {word.lstrip("+~").partition("=")[0] for word in fixed} | set(settings.params)
+        given = {*map(config.key_of, fixed), *settings.params}
         for name in settings.labels:
             if name not in space.names() and name not in given:  # else a fixed value has taken its place
                 raise UserError(f"hydra.sweeper.labels.{name}: is not searched; searched: {', '.join(space.names())}")
@@ -332,6 +325,7 @@ class OptunaSweeper(Sweeper):
         self, fixed: list[str], pruner: Pruner, settings: SearchSettings
     ) -> tuple[list[str], Pruner, list[str]]:
         """The fixed words with the interim measurements that the pruner needs, and the pruner that can be used."""
+        from dppo import config
         from dppo.errors import UserError
         from dppo.search.pruners import pruner_from
 
@@ -351,22 +345,26 @@ class OptunaSweeper(Sweeper):
             return fixed, pruner_from({"_target_": "optuna.pruners.NopPruner"}, settings.replicates), [line]
         if points:
             return fixed, pruner, []
-        if any(word.lstrip("+").startswith("evaluation.interim.n_points=") for word in fixed):
+        if "evaluation.interim.n_points" in map(config.key_of, fixed):
             raise UserError(
                 "evaluation.interim.n_points=0: the pruner would see nothing: drop it, or choose "
                 "hydra/sweeper/pruner=none"
             )
         return [*fixed, f"evaluation.interim.n_points={_POINTS}"], pruner, []
 
-    def _check(self, space: Space, fixed: Sequence[str], settings: SearchSettings) -> tuple[Experiment, dict[str, str]]:
-        """Pass every end of every parameter through the door; returns one of them, and all that is not searched."""
+    def _check(
+        self, space: Space, fixed: Sequence[str], settings: SearchSettings, is_worker: bool
+    ) -> tuple[Experiment, dict[str, str]]:
+        """Pass every end of every parameter through the door; returns one of them, and all that is not searched.
+
+        A worker looks at one end alone: the process that started it has looked at all.
+        """
         from dppo import config
         from dppo.errors import UserError
         from dppo.results import check_objectives
         from dppo.search.runner import say
-        from dppo.search.study import WORKER
 
-        for values in space.corners(1 if WORKER in os.environ else _CHECKED):
+        for values in itertools.islice(space.corners(_CHECKED), 1 if is_worker else None):
             words = [*fixed, *space.words(values)]
             try:
                 experiment = config.load(self._compose(words), words)
@@ -378,8 +376,6 @@ class OptunaSweeper(Sweeper):
                     else ""
                 )
                 raise UserError(f"search space ({' '.join(space.words(values))}): {error}{hint}") from None
-            if WORKER in os.environ:
-                break
         check_objectives([bound.path for bound in settings.bounds])
         objectives = experiment.objectives
         if len(objectives) != len(settings.direction):
@@ -389,7 +385,7 @@ class OptunaSweeper(Sweeper):
             )
         if "seed" in space.names() and (settings.replicates > 1 or settings.test_seeds or settings.baselines):
             raise UserError("seed: is searched, and replicates, baselines and test_seeds take seeds of their own")
-        if experiment.evaluation.split == "test" and WORKER not in os.environ:
+        if experiment.evaluation.split == "test" and not is_worker:
             say("the best is chosen on test prompts: evaluation.split=validation keeps them for the result")
         plain = OmegaConf.to_container(self._compose(fixed), resolve=False)
         assert isinstance(plain, dict)
@@ -405,28 +401,18 @@ class OptunaSweeper(Sweeper):
         at = next((place for place, one in enumerate(space.parameters) if one.calibrated), None)
         if at is None:
             return space, []
-        others = {one.name.partition(".")[0] for one in space.parameters} & {
-            "loss",
-            "loss/base",
-            "penalty",
-            "model",
-            "sft",
-            "dataset",
-        }
+        others = {one.name.partition(".")[0] for one in space.parameters} & _OF_STRENGTH
         if others:
             raise UserError(
                 f"alpha=calibrated: the scale of f(r) differs along {', '.join(sorted(others))}, searched as well; "
                 "give alpha a range, for instance 'alpha=tag(log, interval(1e-4,1))'"
             )
-        words = [word for word in fixed if not word.startswith("evaluation.interim.")]
-        words += ["alpha=1.0"] if "alpha" in space.names() else []
+        words = [*_without(fixed, "evaluation.interim"), "alpha=1.0"]
         words += ["zeta=0.5"] if "zeta" in space.names() else []
         stored = directory / "calibration" / "strength.json"
-        if stored.exists():
-            found = json.loads(stored.read_text("utf-8"))
-        else:
+        if not stored.exists():
             self._job(words, "calibration", {CALIBRATION: 1}, 0)
-            found = json.loads(stored.read_text("utf-8"))
+        found = json.loads(stored.read_text("utf-8"))
         strength = float(found["mean"])
         if strength <= 0:
             raise UserError(
@@ -453,28 +439,26 @@ class OptunaSweeper(Sweeper):
         """What the search would cost: trials as they are at the ends of the space, in equal shares."""
         from dppo import config
         from dppo.search.forecast import Kind, forecast
+        from dppo.search.samplers import number_of_trials
 
         def kind(title: str, n_runs: int, words: Sequence[str]) -> Kind:
             def experiment(seed: int) -> Experiment:
-                own = [word for word in words if not word.startswith("seed=")] + [f"seed={seed}"]
+                own = [*_without(words, "seed"), f"seed={seed}"]
                 return config.load(self._compose(own), own)
 
             return Kind(title, n_runs, experiment)
 
-        limit = sampler.limit(space)
-        n_trials = settings.n_trials if limit is None else min(limit, settings.n_trials)
+        n_trials = number_of_trials(sampler, space, settings.n_trials)
         ends = list(space.corners(_FORECAST))[:_FORECAST]
         kinds = [kind(f"baseline {name}", settings.replicates, words) for name, words in baselines]
         for at, values in enumerate(ends):
             own = space.words(values)
             share = len(range(at, n_trials, len(ends))) * settings.replicates
             kinds.append(kind(f"trials such as {' '.join(own)}", share, [*fixed, *own]))
-        test = [word for word in fixed if not word.startswith(("evaluation.split=", "evaluation.interim."))]
-        test += [*space.words(ends[0]), "evaluation.split=test"]
-        kinds.append(kind("results of the best", settings.test_seeds, test))
-        for name, words in baselines:
-            own = [word for word in words if not word.startswith("evaluation.split=")]
-            kinds.append(kind(f"results of {name}", settings.test_seeds, [*own, "evaluation.split=test"]))
+        best = ("the best", [*fixed, *space.words(ends[0])])
+        kinds += [
+            kind(f"results of {name}", settings.test_seeds, _on_test(words)) for name, words in [best, *baselines]
+        ]
         return forecast(kinds, settings.n_jobs)
 
     def _enqueued(self, text: str, space: Space) -> Values:
@@ -504,14 +488,7 @@ class OptunaSweeper(Sweeper):
         from dppo.errors import UserError
 
         own = config.canonical(text.split())
-        keys = {word.lstrip("+~").partition("=")[0] for word in own}
-        groups = {key for key in keys if "." not in key}
-
-        def kept(word: str) -> bool:
-            key = word.lstrip("+~").partition("=")[0]
-            return not (key in keys or re.split(r"[./@]", key)[0] in groups or key.startswith("evaluation.interim."))
-
-        words = [*filter(kept, fixed), *own]
+        words = [*_without(fixed, *map(config.key_of, own), "evaluation.interim"), *own]
         while True:
             try:
                 config.load(self._compose(words), words)
@@ -556,18 +533,27 @@ def _result_runs(study: Study, baselines: Sequence[tuple[str, list[str]]], seed:
 
     first = seed + study.settings.replicates
     winners = [(name_of(study, trial), study.words(trial)) for trial in shown_winners(study)]
-    runs = []
-    for name, words in [*winners, *baselines] if winners else []:
-        own = [
-            word
-            for word in words
-            if word.partition("=")[0] not in ("evaluation.split", "evaluation.interim.n_points", "seed")
-        ]
-        runs += [
-            SideRun(f"results/{folder(name)}/seed={fresh}", [*own, "evaluation.split=test", f"seed={fresh}"])
-            for fresh in range(first, first + study.settings.test_seeds)
-        ]
-    return runs
+    return [
+        SideRun(f"results/{folder(name)}/seed={fresh}", [*_on_test(words), f"seed={fresh}"])
+        for name, words in ([*winners, *baselines] if winners else [])
+        for fresh in range(first, first + study.settings.test_seeds)
+    ]
+
+
+def _without(words: Sequence[str], *keys: str) -> list[str]:
+    """The words that set none of these keys or groups, nor anything below them."""
+    from dppo import config
+
+    return [
+        word
+        for word in words
+        if not any(re.fullmatch(rf"{re.escape(key)}([./@].*)?", config.key_of(word)) for key in keys)
+    ]
+
+
+def _on_test(words: Sequence[str]) -> list[str]:
+    """The words of a run that is scored on test prompts, with a seed that is still to be given."""
+    return [*_without(words, "evaluation.split", "evaluation.interim", "seed"), "evaluation.split=test"]
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:

@@ -188,6 +188,16 @@ def compare_runs(
     ]
 
 
+def shown_interval(one: Interval, sign: str = "") -> str:
+    """Such as ``0.814 [0.774, 0.857]``."""
+    return f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
+
+
+def shown_p(p: float | None) -> str:
+    """A p value with three digits; nothing for none."""
+    return "" if p is None else f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
 def sft_value(found: Sequence[Configuration], metric: str) -> float | None:
     """The SFT model's own mean of a metric that it has one of, from the first run that was measured."""
     files = {"reward": ("samples.jsonl", "reference_reward"), "after_edit": ("pairs.jsonl", "reference_after_edit")}
@@ -218,14 +228,15 @@ def _table(one: Configuration, metric: str) -> dict[int, dict[str, float]]:
             if metric == "win_rate":
                 table[seed] = {}
             continue
-        values = _pair_values(run, metric) if metric in PAIR_METRICS else _prompt_values(run, metric)
+        values = _pair_values(run, metric) if metric in PAIR_METRICS else prompt_values(run.path, metric)
         if values:
             table[seed] = values
     return table
 
 
-def _prompt_values(run: Run, metric: str) -> dict[str, float]:
-    rows = _lines(run.path / "samples.jsonl")
+def prompt_values(path: Path, metric: str) -> dict[str, float]:
+    """The values of a run directory by prompt: of win_rate (win 1, tie 1/2, loss 0), reward or reward_gain."""
+    rows = _lines(path / "samples.jsonl")
     own = np.array([row["policy_reward"] for row in rows], dtype=float)
     other = np.array([row["reference_reward"] for row in rows], dtype=float)
     values: Array = (

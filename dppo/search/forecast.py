@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dppo.cache import size
-from dppo.command_line import aligned
+from dppo.command_line import aligned, duration
 from dppo.config import Experiment
-from dppo.plan import Plan, duration, lines, plan
+from dppo.plan import Plan, lines, plan
 
 
 @dataclass(frozen=True)

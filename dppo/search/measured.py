@@ -10,11 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from dppo.evaluation.win_rates import Array, Interval, crossed_mean, crossed_rate, outcomes, t_interval
+from dppo.evaluation.comparison import prompt_values
+from dppo.evaluation.win_rates import Array, Interval, crossed_mean, crossed_rate, t_interval
 
 _BOOTSTRAP = {"n_bootstrap": 10_000, "seed": 0}
-# Objectives that are means over prompts: the interval then covers prompts and seeds.
-_OVER_PROMPTS = ("objective", "win_rate.value", "reward.policy.value", "reward.delta.value")
+# Objectives that are means over prompts, as comparisons name them: the interval then covers prompts and seeds.
+_OVER_PROMPTS = {
+    "objective": "win_rate",
+    "win_rate.value": "win_rate",
+    "reward.policy.value": "reward",
+    "reward.delta.value": "reward_gain",
+}
 
 
 def measured(places: Sequence[Path], path: str, values: Sequence[float]) -> Interval:
@@ -27,9 +33,9 @@ def measured(places: Sequence[Path], path: str, values: Sequence[float]) -> Inte
     if not math.isfinite(mean):
         return Interval(mean, math.nan, math.nan)
     if path in _OVER_PROMPTS:
-        table = np.stack([_over_prompts(place, path) for place in places])
-        rate = path in ("objective", "win_rate.value")
-        return (crossed_rate if rate else crossed_mean)(table, **_BOOTSTRAP)
+        metric = _OVER_PROMPTS[path]
+        _, table = _over_prompts(places, metric)
+        return (crossed_rate if metric == "win_rate" else crossed_mean)(table, **_BOOTSTRAP)
     if len(values) > 1:
         return t_interval(list(values))
     parent, _, leaf = path.rpartition(".")
@@ -44,21 +50,11 @@ def measured(places: Sequence[Path], path: str, values: Sequence[float]) -> Inte
 
 def by_prompt(places: Sequence[Path]) -> dict[str, float]:
     """Outcomes (win 1, tie 1/2, loss 0) by prompt, means over the runs in ``places``."""
-    table = np.stack([_over_prompts(place, "win_rate.value") for place in places])
-    keys = [row["prompt_id"] for row in _samples(places[0])]
-    return dict(zip(keys, table.mean(axis=0).tolist(), strict=True))
+    prompts, table = _over_prompts(places, "win_rate")
+    return dict(zip(prompts, table.mean(axis=0).tolist(), strict=True))
 
 
-def _over_prompts(place: Path, path: str) -> Array:
-    rows = _samples(place)
-    own = [row["policy_reward"] for row in rows]
-    other = [row["reference_reward"] for row in rows]
-    if path == "reward.policy.value":
-        return np.asarray(own, dtype=np.float64)
-    if path == "reward.delta.value":
-        return np.asarray(own, dtype=np.float64) - np.asarray(other, dtype=np.float64)
-    return outcomes(own, other)
-
-
-def _samples(place: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (place / "samples.jsonl").read_text("utf-8").splitlines()]
+def _over_prompts(places: Sequence[Path], metric: str) -> tuple[list[str], Array]:
+    """The prompts, and (S, P) values of the runs."""
+    found = [prompt_values(place, metric) for place in places]
+    return list(found[0]), np.array([list(values.values()) for values in found])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dppo.artifacts.files import disk_errors, write_atomic
 from dppo.command_line import aligned
 from dppo.errors import UserError
-from dppo.evaluation.comparison import Configuration, compare_runs, find_runs
+from dppo.evaluation.comparison import Configuration, compare_runs, find_runs, shown_interval, shown_p
 from dppo.evaluation.win_rates import Interval
 from dppo.results import command_line
 from dppo.search import trust
@@ -56,9 +56,7 @@ def _trial_line(trial: FrozenTrial) -> TrialLine:
         index=int(trial.user_attrs[INDEX]),
         values=dict(trial.params),
         state=state(trial),
-        objectives=tuple(Interval(*_three(value, own)) for value, own in zip(values, bounds, strict=True))
-        if values is not None
-        else None,
+        objectives=tuple(Interval(*own) for own in bounds) if values is not None else None,
         interim=dict(trial.intermediate_values),
         seeds=tuple(int(seed) for seed in trial.user_attrs.get(SEEDS, {})),
         begun=trial.datetime_start,
@@ -68,12 +66,6 @@ def _trial_line(trial: FrozenTrial) -> TrialLine:
         note=str(trial.user_attrs.get(ERROR, trial.user_attrs.get(WHY, ""))),
         feasible=feasible(trial),
     )
-
-
-def _three(value: float, bounds: Sequence[float | None]) -> tuple[float, float, float]:
-    """Mean, low and high; a diverged trial has the value alone."""
-    found = [math.nan if bound is None else float(bound) for bound in bounds]
-    return (found[0], found[1], found[2]) if len(found) == 3 else (value, math.nan, math.nan)
 
 
 def _baselines(study: Study, objectives: Sequence[str]) -> list[BaselineLine]:
@@ -274,15 +266,8 @@ def _results(study: Study, objectives: Sequence[str]) -> list[str]:
     rows = [["configuration", "seeds", metric, f"difference to {lines[0].label}", "p"]]
     for line in lines:
         seeds = f"{len(line.seeds)}" + (f", {len(line.diverged)} diverged" if line.diverged else "")
-        other = (
-            ""
-            if line.difference is None
-            else f"{line.difference.value:+.3f} [{line.difference.low:+.3f}, {line.difference.high:+.3f}]"
-        )
-        p = "" if line.p is None else f"{line.p:.3f}" if line.p >= 0.001 else "<0.001"
-        rows.append(
-            [line.label, seeds, f"{line.value.value:.3f} [{line.value.low:.3f}, {line.value.high:.3f}]", other, p]
-        )
+        other = "" if line.difference is None else shown_interval(line.difference, sign="+")
+        rows.append([line.label, seeds, shown_interval(line.value), other, shown_p(line.p)])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     _write(study.directory / "results.csv", text.getvalue())

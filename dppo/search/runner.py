@@ -6,16 +6,16 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dppo.artifacts.files import disk_errors
+from dppo.command_line import duration
 from dppo.errors import Pruned, UserError
 from dppo.evaluation.win_rates import Interval
-from dppo.plan import duration
-from dppo.results import command_line
+from dppo.results import command_line, number
 from dppo.search.measured import by_prompt, measured
 from dppo.search.pruners import Pruner
 from dppo.search.study import INSTANCES, SEEDS, Asked, SideRun, Study, peers
@@ -67,8 +67,10 @@ class Runner:
             (place / "command.txt").write_text(command_line(asked.words) + "\n", encoding="utf-8")
         say(f"trial {asked.number} ({asked.index + 1} of {study.total}): {' '.join(asked.words[len(study.fixed) :])}")
         started = time.monotonic()
+        seeds = range(self.seed, self.seed + study.settings.replicates)
+        places = study.places(asked.number, seeds)
         try:
-            values, status, intervals = self._seeds(asked, place)
+            values, status, intervals = self._seeds(asked, places)
         except Pruned as stop:
             study.prune(asked, str(stop))
             said = f"pruned: {stop}"
@@ -80,7 +82,7 @@ class Runner:
             study.refuse_too_many_failures(reason)
             return
         else:
-            excess = {} if status == "diverged" else self._excess(self._places(asked, place))
+            excess = {} if status == "diverged" else self._excess(places.values())
             study.complete(asked, values, status, intervals=intervals, excess=excess)
             shown = zip(self.objectives, values, intervals, strict=True)
             said = f"{status}: {', '.join(_shown(path, value, bounds) for path, value, bounds in shown)}"
@@ -96,23 +98,23 @@ class Runner:
         seconds = left * sum(recent) / len(recent) / self.study.settings.n_jobs
         return f"; {left} to go, about {duration(seconds)}" if left else ""
 
-    def _seeds(self, asked: Asked, place: Path) -> tuple[list[float], str, list[list[float]]]:
-        """Values of the objectives over all replicates, with their intervals."""
+    def _seeds(self, asked: Asked, everywhere: Mapping[int, Path]) -> tuple[list[float], str, list[list[float]]]:
+        """Values of the objectives over all replicates, which run ``everywhere``, with mean and bounds of each."""
         settings = self.study.settings
         found: dict[int, tuple[float, ...]] = {}
         instances: dict[str, float] = {}
-        for nth, (seed, own) in enumerate(self._places(asked, place).items()):
+        for nth, (seed, own) in enumerate(everywhere.items()):
             words = [*asked.words, f"seed={seed}"] if settings.replicates > 1 else asked.words
             reports = asked.number if nth == 0 and self.pruner.on_steps else None
             values = self.launch(words, str(own.relative_to(self.study.directory)), reports, asked.number)
             if any(math.isnan(value) for value in values):
                 raise UserError(f"an objective is not a number: {', '.join(self.objectives)} = {values}")
-            status = _status(own)
+            status = str(_result(own)["status"])
             found[seed] = values
             self.study.note(asked, {SEEDS: {str(key): list(value) for key, value in found.items()}})
             if status == "diverged":
-                return list(values), status, [[math.nan, math.nan]] * len(values)
-            places = list(self._places(asked, place).values())[: nth + 1]
+                return list(values), status, [[value, math.nan, math.nan] for value in values]
+            places = list(everywhere.values())[: nth + 1]
             if self.pruner.instances is not None:
                 seeds = {str(key): value[0] for key, value in found.items()}
                 instances = seeds if self.pruner.instances == "seeds" else by_prompt(places)
@@ -124,12 +126,6 @@ class Runner:
         ]
         told = [self._told(one, direction) for one, direction in zip(means, settings.direction, strict=True)]
         return told, "complete", [[one.value, one.low, one.high] for one in means]
-
-    def _places(self, asked: Asked, place: Path) -> dict[int, Path]:
-        """Where each seed of a trial runs."""
-        if self.study.settings.replicates == 1:
-            return {self.seed: place}
-        return {seed: place / f"seed={seed}" for seed in range(self.seed, self.seed + self.study.settings.replicates)}
 
     def _told(self, one: Interval, direction: str) -> float:
         """What the sampler is told of an objective."""
@@ -156,13 +152,11 @@ class Runner:
         values[place] = {order[key]: sign * value for key, value in instances.items()}
         return self.pruner.judge(trials, place, values)[0]
 
-    def _excess(self, places: dict[int, Path]) -> dict[str, float]:
+    def _excess(self, places: Iterable[Path]) -> dict[str, float]:
         """By how much the mean over seeds violates each constraint."""
         found = {}
         for text, bound in zip(self.study.settings.constraints, self.study.settings.bounds, strict=True):
-            values = [
-                number(json.loads((place / "result.json").read_text("utf-8")), bound.path) for place in places.values()
-            ]
+            values = [number(_result(place), bound.path, "hydra.sweeper.constraints") for place in places]
             found[text] = bound.excess(sum(values) / len(values))
         return found
 
@@ -176,26 +170,20 @@ class Runner:
             self.study.end_side_run(run, state="failed", reason=reason)
             say(f"{run.title} failed: {reason}")
             return
-        self.study.end_side_run(run, state=_status(self.study.directory / run.key), values=list(values))
+        self.study.end_side_run(run, state=_result(self.study.directory / run.key)["status"], values=list(values))
         shown = ", ".join(f"{path} {value:.6g}" for path, value in zip(self.objectives, values, strict=True))
         say(f"{run.title}: {shown}")
-
-
-def number(result: Any, path: str) -> float:
-    """The number at a dotted path of a result."""
-    for key in path.split("."):
-        result = result[key]
-    return float(result)
 
 
 def _reason(error: Exception) -> str:
     return " ".join(f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{error}".split())
 
 
-def _status(place: Path) -> str:
-    return str(json.loads((place / "result.json").read_text("utf-8"))["status"])
+def _result(place: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((place / "result.json").read_text("utf-8"))
+    return found
 
 
 def _shown(path: str, value: float, bounds: Sequence[float]) -> str:
-    _, low, high = bounds if len(bounds) == 3 else (value, math.nan, math.nan)
+    _, low, high = bounds
     return f"{path} {value:.6g}" + ("" if math.isnan(low) else f" [{low:.4g}, {high:.4g}]")

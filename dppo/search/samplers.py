@@ -159,6 +159,12 @@ class FromOptuna:
             return self.cls(**{**self.arguments, "seed": int.from_bytes(digest[:4], "big")})
 
 
+def number_of_trials(sampler: Sampler, space: Space, most: int) -> int:
+    """How many trials a study has that asks for ``most``."""
+    limit = sampler.limit(space)
+    return most if limit is None else min(limit, most)
+
+
 def _finite(trials: Sequence[FrozenTrial], n_objectives: int) -> list[FrozenTrial]:
     """The same trials with values a little beyond the finite ones in place of infinite ones, which break models."""
     import optuna

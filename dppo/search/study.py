@@ -7,7 +7,7 @@ import os
 import secrets
 import shlex
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dppo.artifacts.locks import hold
 from dppo.errors import UserError
 from dppo.results import command_line
-from dppo.search.samplers import Proposal, Sampler
+from dppo.search.samplers import Proposal, Sampler, number_of_trials
 from dppo.search.settings import SearchSettings
 from dppo.search.space import Space, Values
 from dppo.search.storage import open_storage, shown, storage_errors
@@ -73,8 +73,7 @@ class Study:
     @property
     def total(self) -> int:
         """How many trials there will be."""
-        limit = self.sampler.limit(self.space)
-        return self.settings.n_trials if limit is None else min(limit, self.settings.n_trials)
+        return number_of_trials(self.sampler, self.space, self.settings.n_trials)
 
     def trials(self) -> list[FrozenTrial]:
         """The trials that count, by index; an abandoned one does not, another one has its index."""
@@ -103,10 +102,7 @@ class Study:
 
         while True:
             with hold(self.directory / ".study.lock", "the study"), storage_errors(self.settings.storage):
-                running = [
-                    trial for trial in self.study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING
-                ]
-                lost = next((trial for trial in running if is_gone(trial.user_attrs[OWNER])), None)
+                lost = next(filter(_is_lost, self.study.get_trials(deepcopy=False)), None)
                 if lost is None:
                     return None
                 deaths = int(lost.user_attrs.get(DEATHS, 0))
@@ -193,7 +189,17 @@ class Study:
         """The overrides of a trial."""
         return shlex.split(str(trial.user_attrs[COMMAND]))[3:]
 
+    def places(self, number: int, seeds: Iterable[int]) -> dict[int, Path]:
+        """Where the seeds of a trial run."""
+        place = self.directory / str(number)
+        return {seed: place if self.settings.replicates == 1 else place / f"seed={seed}" for seed in seeds}
+
     # --- runs that are not trials ------------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        """Whether something can be begun now."""
+        begun = [trial for trial in self.trials() if not _is_lost(trial)]
+        return len(begun) < self.total or any(map(_is_waiting, self.side_runs().values()))
 
     def is_done(self) -> bool:
         """Whether all trials there will be have ended, whoever ran them."""
@@ -227,8 +233,7 @@ class Study:
         """A planned run that nobody has begun, or whose process is gone."""
         with hold(self.directory / ".study.lock", "the study"):
             for key, known in self.side_runs().items():
-                abandoned = known["state"] == "running" and is_gone(known["owner"])
-                if known["state"] == "planned" or abandoned:
+                if _is_waiting(known):
                     self._store_side(key, {**known, "state": "running", "owner": _owner()})
                     return SideRun(key, known["words"], int(known["place"]))
         return None
@@ -297,6 +302,17 @@ def peers(trials: Sequence[FrozenTrial], own: FrozenTrial, labels: Mapping[str, 
 def folder(name: str) -> str:
     """A configuration's words as the name of a directory."""
     return name.replace("/", ".").replace(" ", ",")
+
+
+def _is_lost(trial: FrozenTrial) -> bool:
+    """Whether a trial runs on whose process is gone."""
+    return trial.state.name == "RUNNING" and is_gone(trial.user_attrs[OWNER])
+
+
+def _is_waiting(side_run: Mapping[str, Any]) -> bool:
+    """Whether nobody has begun a planned run, or whoever did is gone."""
+    state = side_run["state"]
+    return state == "planned" or (state == "running" and is_gone(side_run["owner"]))
 
 
 def _is_of_the_run(key: str) -> bool:

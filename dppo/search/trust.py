@@ -100,14 +100,9 @@ def noise(study: Study, found: Overview) -> list[str]:
 
 def _difference_variance(study: Study, base: BaselineLine, winner: TrialLine) -> float | None:
     """The variance over prompts of the difference between the best trial and a baseline."""
-    place = study.directory / str(winner.number)
-    own = (
-        [place]
-        if (place / "samples.jsonl").exists()
-        else sorted(path.parent for path in place.glob("seed=*/samples.jsonl"))
-    )
+    own = list(study.places(winner.number, winner.seeds).values())
     other = [study.directory / "baselines" / folder(base.name) / f"seed={seed}" for seed in base.seeds]
-    if not own or not all((path / "samples.jsonl").exists() for path in other):
+    if not own or not all((place / "samples.jsonl").exists() for place in (*own, *other)):
         return None
     first, second = by_prompt(own), by_prompt(other)
     both = [first[key] - second[key] for key in first if key in second]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from dppo.artifacts import Build, Cache, Slot, Store
+from dppo.loop import broadcast
 from dppo.types import Artifact, Json
 
 if TYPE_CHECKING:
@@ -118,21 +119,15 @@ class Workbench:
 
     def _share(self, started: Build | None) -> None:
         """Tell the other processes where to build; None: nothing is to be built."""
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list([None, None] if started is None else [str(started.directory), str(started.work)])
+        broadcast(self.accelerator, [None, None] if started is None else [str(started.directory), str(started.work)])
 
     def _join(self, slot: Slot, build: Callable[[Build], None]) -> Artifact:
         """The part of a process that is not the main one."""
-        from accelerate.utils import broadcast_object_list
-
-        where: list[Any] = [None, None]
-        broadcast_object_list(where)
-        if where[0] is not None:
-            build(Build(Path(where[0]), Path(where[1])))
+        directory, work = broadcast(self.accelerator, [None, None])
+        if directory is not None:
+            build(Build(Path(directory), Path(work)))
         self.accelerator.wait_for_everyone()
-        return slot.artifact(reused=where[0] is None)
+        return slot.artifact(reused=directory is None)
 
     def fill(
         self,
