@@ -69,3 +69,21 @@ def dppo(tmp_path: Path) -> Run:
         )
 
     return run
+
+
+@pytest.fixture
+def two_processes(tmp_path: Path) -> Run:
+    """The same under torchrun with two processes."""
+
+    def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        return subprocess.run(
+            [sys.executable, *launcher, "-m", "dppo", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    return run

@@ -27,7 +27,7 @@ from dppo.losses.penalised import PenalisedLoss
 from dppo.losses.penalties import Expectile
 from dppo.models import load_saved
 from dppo.types import Json
-from tests.conftest import small
+from tests.conftest import Run, small
 from tests.runs import Finished, run_pruned, run_small
 from tests.test_weights_and_biases import offline
 from tests.tiny_models import own_log_probs
@@ -362,19 +362,11 @@ def test_the_command_line_says_why_and_ends_well(tmp_path: Path, capsys: pytest.
     assert "pruned" not in capsys.readouterr().out
 
 
-def test_two_processes_end_together(tmp_path: Path) -> None:
+def test_two_processes_end_together(two_processes: Run, tmp_path: Path) -> None:
     """Pruned while training, after a checkpoint, never, and from the cache."""
     limits = "evaluation.interim.max_kl=1e-9,2e-9,1e9,3e-9"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dppo"]
     words = small("loss=dpo", "device=cpu", "train.tokens_per_micro_batch=100", "evaluation.interim.n_points=1")
-    done = subprocess.run(
-        [*launcher, "-m", *words, limits, "hydra.sweep.dir=runs", "cache.dir=cache"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = two_processes("-m", *words, limits, "hydra.sweep.dir=runs", "cache.dir=cache", timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     jobs = [Finished(tmp_path / "runs" / str(number), ()) for number in range(4)]
     assert [job.result["status"] for job in jobs] == ["pruned", "pruned", "complete", "pruned"]

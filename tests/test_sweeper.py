@@ -97,6 +97,39 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
     ("locked", ["hydra.sweeper.storage=sqlite:///locked.db"], ["locked.db", "locked"]),
     ("directories", ["hydra.sweep.subdir=here"], ["hydra.sweep.subdir"]),
     ("several processes", ["WORLD_SIZE=2"], ["torchrun"]),
+    ("unknown pruner", ["hydra/sweeper/pruner=medain"], ["pruner=medain", "Did you mean median?"]),
+    ("wilcoxon without replicates", ["hydra/sweeper/pruner=wilcoxon"], ["replicates=1", "at least 2"]),
+    (
+        "wilcoxon with steps",
+        ["hydra/sweeper/pruner=wilcoxon", "hydra.sweeper.replicates=3", "evaluation.interim.n_points=3"],
+        ["wilcoxon", "evaluation.interim.n_points"],
+    ),
+    ("pruner that sees nothing", ["evaluation.interim.n_points=0"], ["n_points=0", "pruner=none"]),
+    ("argument of a pruner", ["hydra.sweeper.pruner.n_startup_trials=-1"], ["MedianPruner", "n_startup_trials"]),
+    ("no constraint", ['hydra.sweeper.constraints=["kl<0.5"]'], ["constraints=kl<0.5", "<="]),
+    ("constraint on nothing", ['hydra.sweeper.constraints=["kl.nats<=0.5"]'], ["kl.nats", "Did you mean"]),
+    ("label of nothing", ["+hydra.sweeper.labels.beta=nuisance"], ["labels.beta", "is not searched"]),
+    ("unknown label", ["hydra.sweeper.labels.alpha=fixed"], ["labels.alpha=fixed", "scientific"]),
+    ("enqueued outside", ['hydra.sweeper.enqueue=["alpha=0"]'], ["alpha=0", "is outside", "baselines"]),
+    ("enqueued unknown", ['hydra.sweeper.enqueue=["zeta=0.5"]'], ["zeta is not searched"]),
+    ("enqueued nothing", ['hydra.sweeper.enqueue=[""]'], ["enqueue", "lacks alpha"]),
+    ("baseline with a typo", ['hydra.sweeper.baselines=["losss=dpo"]'], ["losss"]),
+    ("baseline out of range", ['hydra.sweeper.baselines=["alpha=-1"]'], ["baselines=alpha=-1", ">= 0"]),
+    ("seed searched", ["seed=choice(0,1)", "hydra.sweeper.replicates=2"], ["seed", "replicates"]),
+    ("number of workers", ["hydra.sweeper.n_jobs=0"], ["n_jobs=0", "at least 1"]),
+    ("code of one's own", ["hydra.sweeper.custom_search_space=os.system"], ["os.system", "allowed_targets"]),
+    (
+        "no such code",
+        ["hydra.sweeper.custom_search_space=tests.nothing", "allowed_targets=[tests]"],
+        ["tests.nothing", "no such function"],
+    ),
+    (
+        "password",
+        ["hydra.sweeper.storage='postgresql://me:secret@localhost/x'"],
+        ["postgresql://me@localhost/x", "oc.env"],
+    ),
+    ("calibrated for several penalties", ["penalty=linear,sqrt", "alpha=calibrated"], ["calibrated", "penalty"]),
+    ("calibrated without a penalty", ["loss=dpo", "alpha=calibrated"], ["alpha", "nothing in this run uses alpha"]),
 ]
 
 
@@ -119,10 +152,12 @@ def test_a_search_is_refused_in_one_line_before_its_first_trial(
     for word in [word for word in words if word.startswith("WORLD_SIZE")]:
         monkeypatch.setenv(*word.split("="))
         words = []
-    status = typed(monkeypatch, tmp_path, "-m", "+sweep=alpha", *words)
+    searched = [] if any(word.startswith("alpha=") for word in words) else [FIXED]
+    status = typed(monkeypatch, tmp_path, "-m", "+sweep=alpha", *searched, *words)
     output = capfd.readouterr()
     connection.close()
     is_one_line(status, output.err, output.out, named)
+    assert "secret" not in output.err + output.out
     assert not list(tmp_path.glob("outputs/sweeps/*/[0-9]*"))
 
 

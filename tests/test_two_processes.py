@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,19 +17,13 @@ from tests.conftest import Run, small
         pytest.param(["loss=kto", "train.tokens_per_micro_batch=100"], marks=pytest.mark.slow),
     ],
 )
-def test_torchrun_with_two_processes_is_the_same_experiment(loss: list[str], dppo: Run, tmp_path: Path) -> None:
+def test_torchrun_with_two_processes_is_the_same_experiment(
+    loss: list[str], dppo: Run, two_processes: Run, tmp_path: Path
+) -> None:
     words = small(*loss, "device=cpu")
     alone = dppo(*words, "hydra.run.dir=alone", "cache.dir=cache-alone")
     assert alone.returncode == 0, alone.stderr
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dppo"]
-    pair = subprocess.run(
-        [*command, *words, "hydra.run.dir=pair", "cache.dir=cache-pair"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    pair = two_processes(*words, "hydra.run.dir=pair", "cache.dir=cache-pair")
     assert pair.returncode == 0, pair.stderr[-3000:]
     assert {path.name for path in tmp_path.iterdir()} == {"alone", "pair", "cache-alone", "cache-pair"}
     assert pair.stdout.count("policy against SFT") == 1, "only the first process speaks"
