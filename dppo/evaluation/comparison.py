@@ -188,9 +188,10 @@ def compare_runs(
     ]
 
 
-def shown_interval(one: Interval, sign: str = "") -> str:
+def shown_interval(one: Interval, sign: str = "", digits: int = 3) -> str:
     """Such as ``0.814 [0.774, 0.857]``."""
-    return f"{one.value:{sign}.3f} [{one.low:{sign}.3f}, {one.high:{sign}.3f}]"
+    value, low, high = (f"{part:{sign}.{digits}f}" for part in (one.value, one.low, one.high))
+    return f"{value} [{low}, {high}]"
 
 
 def shown_p(p: float | None) -> str:

@@ -1,0 +1,1 @@
+"""The comparison report: figures, tables and a page from finished runs."""

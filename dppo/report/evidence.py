@@ -1,0 +1,329 @@
+"""What a report knows: runs in groups that can be compared, the best first, and what was left out and why."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dppo.evaluation.comparison import Configuration, Line, Run, compare_runs, configurations
+from dppo.evaluation.win_rates import Array, Interval, crossed_mean, crossed_rate
+from dppo.results import command_line
+
+SFT = "SFT"
+_PHASE = "main"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one run measured prompt by prompt, in the order of the group's prompts."""
+
+    policy: Array  # (P,) rewards
+    reference: Array  # (P,)
+
+
+@dataclass(eq=False)
+class Entry:
+    """One configuration of a group, over its seeds.
+
+    ``method`` names the losses of its phases, ``place`` is that among the entries (its colour). ``line`` holds its
+    value, and the difference to the group's baseline.
+    """
+
+    configuration: Configuration
+    line: Line
+    method: str
+    settings: Mapping[str, Any]
+    place: int = 0
+    measured: dict[int, Measured] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return self.line.label
+
+    @property
+    def value(self) -> Interval:
+        return self.line.value
+
+    @property
+    def runs(self) -> dict[int, Run]:
+        """The runs that did not diverge, by seed."""
+        return {seed: run for seed, run in sorted(self.configuration.runs.items()) if not run.diverged}
+
+    @property
+    def run(self) -> Run:
+        """Its first seed's."""
+        return next(run for _, run in sorted(self.configuration.runs.items()))
+
+    @property
+    def is_sft(self) -> bool:
+        """Whether nothing was trained on preferences: the SFT model against itself."""
+        return self.method == SFT
+
+    @property
+    def outcomes(self) -> Array:
+        """(S, P) of the policy against the reference: win 1, tie 1/2, loss 0."""
+        return np.array([(np.sign(one.policy - one.reference) + 1) / 2 for one in self.measured.values()])
+
+    @property
+    def rewards(self) -> Array:
+        """(S, P) of the policy."""
+        return np.array([one.policy for one in self.measured.values()])
+
+    def told(self) -> str:
+        """Its value in words, with what it rests on."""
+        seeds = f"{len(self.line.seeds)} seed{'s' if len(self.line.seeds) > 1 else ''}"
+        return f"{self.label}: {shown(self.value)}, {seeds} x {self.line.n:,}"
+
+    def number(self, path: str) -> Interval | None:
+        """A number of ``result.json``: over several seeds their mean and range, of one its own interval if it has one.
+
+        None where a run has no such number.
+        """
+        values = []
+        for run in self.runs.values():
+            found: Any = run.result
+            for key in path.split("."):
+                found = found.get(key) if isinstance(found, Mapping) else None
+            if not isinstance(found, (int, float, Mapping)):
+                return None
+            values.append(found)
+        if not values:
+            return None
+        numbers = [float(one["value"] if isinstance(one, Mapping) else one) for one in values]
+        if len(values) == 1:
+            bounds = values[0] if isinstance(values[0], Mapping) else {}
+            return Interval(numbers[0], bounds.get("ci_low", np.nan), bounds.get("ci_high", np.nan))
+        return Interval(float(np.mean(numbers)), min(numbers), max(numbers))
+
+
+@dataclass(eq=False)
+class Group:
+    """Configurations that answered the same prompts and were scored by the same reward, the best first."""
+
+    title: str
+    split: str
+    prompts: tuple[str, ...]
+    metric: str
+    entries: tuple[Entry, ...]
+    baseline: Entry
+
+    @property
+    def best(self) -> Entry:
+        return self.entries[0]
+
+    @cached_property
+    def varying(self) -> tuple[str, ...]:
+        """The dotted keys of the settings in which the entries differ."""
+        flat = [flattened(entry.settings) for entry in self.entries]
+        keys = dict.fromkeys(key for one in flat for key in one)
+        missing = object()
+        return tuple(key for key in keys if len({repr(one.get(key, missing)) for one in flat}) > 1)
+
+    def sft_reward(self) -> Interval:
+        """The mean reward of the SFT model, over the prompts."""
+        one = next(measured for entry in self.entries for measured in entry.measured.values())
+        return crossed_mean(one.reference[None], n_bootstrap=2000, seed=0)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A directory that is no part of any comparison."""
+
+    path: Path
+    why: str
+    status: str = "broken"
+
+
+@dataclass(eq=False)
+class Evidence:
+    """Everything that was found; the first group is what the report is about."""
+
+    groups: tuple[Group, ...]
+    left_out: tuple[LeftOut, ...]
+    studies: tuple[Path, ...]
+    root: Path
+
+    @property
+    def entries(self) -> Iterator[Entry]:
+        return (entry for group in self.groups for entry in group.entries)
+
+
+def gather(
+    runs: Sequence[Run],
+    left_out: Sequence[LeftOut],
+    root: Path,
+    *,
+    metric: str,
+    baseline: str | None,
+    n_bootstrap: int,
+) -> Evidence:
+    """Groups from runs that can be read; a run whose rows are missing or torn is left out, and said to be."""
+    left = list(left_out)
+    by_prompts: dict[tuple[str, ...], list[Run]] = {}
+    rows: dict[Path, dict[str, tuple[float, float]]] = {}
+    homes: dict[str, tuple[str, ...]] = {}
+    for run in runs:
+        if run.diverged:
+            continue
+        try:
+            rows[run.path] = _rewards(run.path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            left.append(LeftOut(run.path, f"samples.jsonl can't be read ({type(error).__name__})"))
+            continue
+        key = (json.dumps(run.settings.get("reward"), sort_keys=True), *sorted(rows[run.path]))
+        homes[_measured_by(run)] = key
+        by_prompts.setdefault(key, []).append(run)
+    for run in runs:
+        if run.diverged:
+            # It answered nothing; it belongs to those that were to answer the same.
+            if (home := homes.get(_measured_by(run))) is None:
+                left.append(LeftOut(run.path, "diverged, and no other run was measured in the same way", "diverged"))
+            else:
+                by_prompts[home].append(run)
+    groups = [_group(found, rows, metric, baseline, n_bootstrap) for found in by_prompts.values()]
+    groups.sort(key=lambda group: (group.split != "test", -len(group.entries)))
+    # Results are what a report is about, but not one lonely run beside a whole grid.
+    groups.sort(key=lambda group: len(group.entries) < 2)
+    return Evidence(tuple(groups), tuple(left), _studies(run.path for run in runs), root)
+
+
+def _group(
+    runs: Sequence[Run],
+    rows: Mapping[Path, Mapping[str, tuple[float, float]]],
+    metric: str,
+    baseline: str | None,
+    n_bootstrap: int,
+) -> Group:
+    found = configurations(runs)
+    again = Counter(one.label for one in found)
+    for place, one in enumerate(found):
+        if again[one.label] > 1:
+            one.label = f"{one.label} #{place + 1}"
+    settings = {one.label: next(iter(one.runs.values())).settings for one in found}
+    base = _baseline(found, settings, baseline)
+    lines = compare_runs(found, metric=metric, baseline=base.label, n_bootstrap=n_bootstrap, seed=0)
+    by_label = {one.label: one for one in found}
+    lines.sort(key=lambda line: -line.value.value)
+    prompts = tuple(next(iter(rows[run.path] for run in runs if run.path in rows)))
+    entries = []
+    for place, line in enumerate(lines):
+        one = by_label[line.label]
+        measured = {}
+        for seed, run in sorted(one.runs.items()):
+            if not run.diverged:
+                pairs = np.array([rows[run.path][prompt] for prompt in prompts], dtype=np.float64)
+                measured[seed] = Measured(pairs[:, 0], pairs[:, 1])
+        entries.append(Entry(one, line, method(settings[line.label]), settings[line.label], place, measured))
+    whole = next(run for run in runs if not run.diverged)
+    split = str(whole.result.get("split", "test"))
+    reward = _class(whole.settings.get("reward"))
+    title = f"{len(prompts):,} {split} prompts, scored by {reward}"
+    base_entry = next(entry for entry in entries if entry.label == base.label)
+    return Group(title, split, prompts, metric, tuple(entries), base_entry)
+
+
+def _baseline(
+    found: Sequence[Configuration], settings: Mapping[str, Mapping[str, Any]], wanted: str | None
+) -> Configuration:
+    """What the user names; else DPO, else SFT, else the oldest."""
+    if wanted is not None:
+        matching = [one for one in found if wanted in (one.label, *one.label.split())]
+        if matching:
+            return matching[0]
+    for name in ("DPO", SFT):
+        for one in found:
+            if method(settings[one.label]) == name:
+                return one
+    return found[0]
+
+
+def _rewards(path: Path) -> dict[str, tuple[float, float]]:
+    with (path / "samples.jsonl").open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    found = {row["prompt_id"]: (float(row["policy_reward"]), float(row["reference_reward"])) for row in rows}
+    if not found or not np.isfinite(list(found.values())).all():
+        raise ValueError("no finite rewards")
+    return found
+
+
+def _measured_by(run: Run) -> str:
+    return json.dumps([run.settings.get(key) for key in ("dataset", "evaluation", "reward")], sort_keys=True)
+
+
+def _studies(paths: Iterator[Path]) -> tuple[Path, ...]:
+    """The directories of searches that hold these runs."""
+    above = (parent for path in paths for parent in path.parents[:3])
+    return tuple(dict.fromkeys(parent for parent in above if (parent / "trials.csv").is_file()))
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def shown(one: Interval, digits: int = 3, sign: str = "") -> str:
+    """A value and its interval, in words."""
+    bounds = "" if np.isnan(one.low) else f" [{one.low:{sign}.{digits}f}, {one.high:{sign}.{digits}f}]"
+    return f"{one.value:{sign}.{digits}f}{bounds}"
+
+
+def method(settings: Mapping[str, Any]) -> str:
+    """The losses of a run's phases, such as ``DPO``, ``UnLL quadratic`` or ``UnLL quadratic → DPO``; else ``SFT``."""
+    return " → ".join(name for _, name, _ in phases(settings)) or SFT
+
+
+def phases(settings: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(name, loss, settings) of every preference phase."""
+    found: Mapping[str, Any] = settings.get("phases") or {}
+    if not found and settings.get("loss"):
+        found = {_PHASE: settings}
+    return [(name, _loss(phase.get("loss") or {}), phase) for name, phase in found.items()]
+
+
+def _loss(settings: Mapping[str, Any]) -> str:
+    base = settings.get("base")
+    if base and settings.get("alpha") == 0:
+        return _loss(base)  # without a penalty it is its base loss
+    penalty = f" {_class(settings.get('penalty')).lower()}" if settings.get("penalty") else ""
+    below = f" on {_loss(base)}" if base and _class(base) != "DPO" else ""
+    return f"{_class(settings)}{penalty}{below}"
+
+
+def _class(settings: Any) -> str:
+    return str(settings["_target_"]).rpartition(".")[2] if isinstance(settings, Mapping) and "_target_" in settings else "?"
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every leaf of nested settings by its dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def again(run: Run) -> str:
+    """The command line that makes a run anew."""
+    return command_line(run.words)
+
+
+def seed_of(words: Sequence[str]) -> list[str]:
+    """A command's words without its seed."""
+    return [word for word in words if not word.lstrip("+").startswith("seed=")]
+
+
+def mean_rate(values: Array, n_bootstrap: int) -> Interval:
+    """The mean of (S, P) outcomes."""
+    return crossed_rate(values, n_bootstrap=n_bootstrap, seed=0)
+
+
+def quoted(words: Sequence[str]) -> str:
+    return shlex.join(words)
