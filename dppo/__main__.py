@@ -176,7 +176,14 @@ def _main() -> int:
             config.load(config.compose(overrides), overrides)
         import hydra
 
-        hydra.main(version_base=None, config_path=str(config.CONF_DIR), config_name="config")(run_job)()
+        from dppo.report import at_end
+
+        try:
+            hydra.main(version_base=None, config_path=str(config.CONF_DIR), config_name="config")(run_job)()
+        except Exception:
+            at_end.finish()  # of the jobs that did not fail
+            raise
+        at_end.finish()
     except UserError as error:
         return complain(str(error))
     except InterpolationResolutionError as error:

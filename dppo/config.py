@@ -225,6 +225,7 @@ class Experiment:
     cache: CacheSettings
     objectives: tuple[str, ...]
     init_from: str | None
+    report: bool  # read by the command line, at the end of a multirun
     dry_run: bool  # read by the command line; a plan, not the pipeline, answers it
     notices: tuple[str, ...]  # what the chosen settings warn of
 

@@ -33,6 +33,7 @@ SMALL = (
     "evaluation.n_pairs=8",
     "evaluation.n_kl_prompts=4",
     "evaluation.n_bootstrap=100",
+    "report=false",
 )
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

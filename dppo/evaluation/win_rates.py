@@ -6,9 +6,11 @@ rate with ties = 1/2 and for differences; Wilson without continuity correction f
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,8 @@ import numpy.typing as npt
 from dppo.types import WinRate
 
 Array = npt.NDArray[np.float64]
+_MOST_KEPT = 1 << 24  # counts, of four bytes
+Counts = npt.NDArray[np.integer[Any]]
 Z_95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
@@ -147,16 +151,31 @@ def _crossed_bootstrap(values: Array, n_bootstrap: int, seed: int) -> Array:
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"need (seeds, prompts), got {values.shape}")
     n_seeds, n_prompts = values.shape
-    generator = np.random.default_rng(seed)
     means = np.empty(n_bootstrap)
+    start = 0
+    small = n_prompts * n_bootstrap <= _MOST_KEPT
+    for drawn, seeds in (_kept_resamples if small else _resamples)(n_seeds, n_prompts, n_bootstrap, seed):
+        # Sums before the division: those of outcomes are exact, so that a difference of 0 is 0 and not rounding noise.
+        per_seed = values @ drawn.T.astype(np.float64)
+        own = slice(start, start + len(drawn))
+        means[own] = np.take_along_axis(per_seed, seeds, axis=0).sum(axis=0) / (n_seeds * n_prompts)
+        start += len(drawn)
+    return means
+
+
+def _resamples(n_seeds: int, n_prompts: int, n_bootstrap: int, seed: int) -> Iterator[tuple[Counts, Counts]]:
+    """In chunks of N: how often each resample drew each prompt (N, P), and which seeds it drew (S, N)."""
+    generator = np.random.default_rng(seed)
     chunk = max(1, (1 << 20) // n_prompts)
     for start in range(0, n_bootstrap, chunk):
         n = min(chunk, n_bootstrap - start)
         prompts = generator.integers(0, n_prompts, size=(n, n_prompts))
         seeds = generator.integers(0, n_seeds, size=(n_seeds, n))
-        # How often each resample drew each prompt; a product of matrices then sums for all seeds at once.
         drawn = np.bincount((prompts + n_prompts * np.arange(n)[:, None]).ravel(), minlength=n * n_prompts)
-        # Sums before the division: those of outcomes are exact, so that a difference of 0 is 0 and not rounding noise.
-        per_seed = values @ drawn.reshape(n, n_prompts).T.astype(np.float64)
-        means[start : start + n] = np.take_along_axis(per_seed, seeds, axis=0).sum(axis=0) / (n_seeds * n_prompts)
-    return means
+        yield drawn.reshape(n, n_prompts).astype(np.uint32), seeds
+
+
+@functools.lru_cache(maxsize=4)
+def _kept_resamples(*numbers: int) -> list[tuple[Counts, Counts]]:
+    """The same, kept: drawing costs more than the product that uses it, and a comparison of many runs shares it."""
+    return list(_resamples(*numbers))

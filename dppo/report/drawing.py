@@ -74,7 +74,14 @@ def point(axes: Axes, x: float, y: Interval, place: int, text: str, *, best: boo
         axes.vlines(x, y.low, y.high, colors=[shade], linewidth=1.1, zorder=3)
     shape, size = ("*", size * 2.2) if best else (marker(place), size)
     (dot,) = axes.plot(
-        [x], [y.value], marker=shape, markersize=size, color=shade, markeredgecolor="white", markeredgewidth=0.8, zorder=4
+        [x],
+        [y.value],
+        marker=shape,
+        markersize=size,
+        color=shade,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        zorder=4,
     )
     tip(dot, text)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from dppo.evaluation.comparison import Configuration, Line, Run, compare_runs, configurations
-from dppo.evaluation.win_rates import Array, Interval, crossed_mean, crossed_rate
+from dppo.evaluation.comparison import METRICS, Configuration, Line, Run, compare_runs, configurations
+from dppo.evaluation.win_rates import Array, Interval, crossed_mean
 from dppo.results import command_line
 
 SFT = "SFT"
+# What a metric is called where there is no room for its definition.
+NAMES = {name: text.partition(",")[0] for name, text in METRICS.items()}
 _PHASE = "main"
 
 
@@ -82,6 +83,10 @@ class Entry:
         seeds = f"{len(self.line.seeds)} seed{'s' if len(self.line.seeds) > 1 else ''}"
         return f"{self.label}: {shown(self.value)}, {seeds} x {self.line.n:,}"
 
+    def mean_reward(self) -> Interval:
+        """The mean reward of the policy over seeds and prompts."""
+        return crossed_mean(self.rewards, n_bootstrap=2000, seed=0)
+
     def number(self, path: str) -> Interval | None:
         """A number of ``result.json``: over several seeds their mean and range, of one its own interval if it has one.
 
@@ -114,6 +119,11 @@ class Group:
     metric: str
     entries: tuple[Entry, ...]
     baseline: Entry
+
+    @property
+    def name(self) -> str:
+        """What the metric is called."""
+        return NAMES[self.metric]
 
     @property
     def best(self) -> Entry:
@@ -273,6 +283,11 @@ def shown(one: Interval, digits: int = 3, sign: str = "") -> str:
     return f"{one.value:{sign}.{digits}f}{bounds}"
 
 
+def sentence(text: str) -> str:
+    """``text`` with a capital letter at its beginning."""
+    return text[:1].upper() + text[1:]
+
+
 def method(settings: Mapping[str, Any]) -> str:
     """The losses of a run's phases, such as ``DPO``, ``UnLL quadratic`` or ``UnLL quadratic → DPO``; else ``SFT``."""
     return " → ".join(name for _, name, _ in phases(settings)) or SFT
@@ -296,7 +311,11 @@ def _loss(settings: Mapping[str, Any]) -> str:
 
 
 def _class(settings: Any) -> str:
-    return str(settings["_target_"]).rpartition(".")[2] if isinstance(settings, Mapping) and "_target_" in settings else "?"
+    return (
+        str(settings["_target_"]).rpartition(".")[2]
+        if isinstance(settings, Mapping) and "_target_" in settings
+        else "?"
+    )
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -318,12 +337,3 @@ def again(run: Run) -> str:
 def seed_of(words: Sequence[str]) -> list[str]:
     """A command's words without its seed."""
     return [word for word in words if not word.lstrip("+").startswith("seed=")]
-
-
-def mean_rate(values: Array, n_bootstrap: int) -> Interval:
-    """The mean of (S, P) outcomes."""
-    return crossed_rate(values, n_bootstrap=n_bootstrap, seed=0)
-
-
-def quoted(words: Sequence[str]) -> str:
-    return shlex.join(words)

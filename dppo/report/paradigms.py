@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dppo.evaluation.comparison import METRICS, shown_p
-from dppo.report.drawing import INK, MUTED, colour, grid, lines_of, new_figure, tip
-from dppo.report.evidence import SFT, Entry, Group, shown
+from dppo.evaluation.comparison import shown_p
+from dppo.report.drawing import COLOURS, INK, MUTED, grid, legend, lines_of, new_figure, tip
+from dppo.report.evidence import SFT, Entry, Group, phases, sentence, shown
 from dppo.report.panel import Panel
 from dppo.report.table import Column, Table
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _MOST = 24
-# SFT hatched, what begins with DPO plain, the rest striped: bars can be told apart in grey.
-_HATCHES = ("", "///", "\\\\\\", "...", "xxx", "---", "ooo")
+_KINDS = {
+    SFT: (MUTED, ""),
+    "DPO": (COLOURS[0], ""),
+    "other losses": (COLOURS[5], ""),
+    "penalty on y_gen": (COLOURS[1], "//"),
+    "chained phases": (COLOURS[2], "\\\\"),
+}
 
 
 def panel(group: Group) -> Panel:
@@ -26,7 +32,7 @@ def panel(group: Group) -> Panel:
         families.setdefault(entry.method, []).append(entry)
     best = [members[0] for members in families.values()][:_MOST]  # entries come best first
     chosen = sum(len(members) > 1 for members in families.values())
-    lead = f"The {METRICS[group.metric]} of {len(best)} training paradigms on {group.title}; whiskers are 95 % intervals."
+    lead = f"{sentence(group.name)} of {len(best)} training paradigms on {group.title}; whiskers are 95 % intervals."
     if chosen:
         lead += (
             f" A family with several configurations ({chosen} here) shows its best one, chosen on these very prompts: "
@@ -44,10 +50,11 @@ def panel(group: Group) -> Panel:
         "Training paradigms",
         (
             Column("paradigm"), Column("configuration", code=True), Column("of configurations"), Column("seeds"),
-            Column("n"), Column(group.metric), Column(f"difference to {group.baseline.label}", sign=True), Column("p"),
+            Column("n"), Column(group.metric), Column("difference", sign=True), Column("p"),
         ),
         rows,
-        "95 % intervals over seeds and prompts; differences are paired and simultaneous, p is Holm's.",
+        f"95 % intervals over seeds and prompts; differences are to {group.baseline.label}, paired and simultaneous, p "
+        "is Holm's.",
     )  # fmt: skip
     missing, command = _missing(group, families)
     return Panel(
@@ -65,13 +72,11 @@ def panel(group: Group) -> Panel:
 def _missing(group: Group, families: dict[str, list[Entry]]) -> tuple[str, str]:
     fixed = group.baseline.run.words
     kept = [word for word in fixed if word.partition("=")[0].lstrip("+") not in ("loss", "alpha", "seed", "penalty")]
-    if SFT not in families and "DPO" not in families:
-        return "neither SFT nor DPO is among these runs", _command(kept, "loss=none,dpo")
     if "DPO" not in families:
         return "DPO is not among these runs", _command(kept, "loss=dpo")
     if len(families) == 1:
         return "there is nothing to compare with", _command(kept, "loss=dpo,unll")
-    if not any("→" in name for name in families):
+    if not any("\N{RIGHTWARDS ARROW}" in name for name in families):
         return "no chained phases are among these runs", "python -m dppo -m +sweep=training_paradigms"
     return "", ""
 
@@ -80,29 +85,49 @@ def _command(kept: Sequence[str], word: str) -> str:
     return " ".join(["python -m dppo", *kept, word, "seed=0,1,2", "-m"])
 
 
+def _kind(entry: Entry) -> str:
+    if entry.is_sft or entry.method == "DPO":
+        return entry.method
+    if "\N{RIGHTWARDS ARROW}" in entry.method:
+        return "chained phases"
+    _, _, phase = phases(entry.settings)[0]
+    return "penalty on y_gen" if "penalty" in (phase.get("loss") or {}) else "other losses"
+
+
 def _draw(group: Group, best: Sequence[Entry], width: float) -> Figure:
     names = [lines_of(entry.method, 20 if width < 5 else 34) for entry in best]
-    height = 0.6 + sum(0.2 + 0.16 * (name.count("\n") + 1) for name in names)
+    rows = len(best)
+    if group.metric == "win_rate" and not any(entry.is_sft for entry in best):
+        names.append(f"{SFT}\n(by construction)")
+    height = 0.9 + sum(0.17 + 0.15 * (name.count("\n") + 1) for name in names)
     figure = new_figure(width, height)
     axes = figure.subplots()
     grid(axes, "x")
+    seen = {}
     for at, entry in enumerate(best):
-        value = entry.value
-        (bar,) = axes.barh(
-            at, value.value, height=0.66, color=colour(0) if not entry.is_sft else MUTED, alpha=0.85,
-            hatch=_HATCHES[min(entry.method.count("→") * 2 + (entry.method not in (SFT, "DPO")), 6)], edgecolor="white",
-        )  # fmt: skip
+        value, kind = entry.value, _kind(entry)
+        shade, hatch = _KINDS[kind]
+        (bar,) = axes.barh(at, value.value, height=0.68, color=shade, hatch=hatch, edgecolor="white", linewidth=0)
         tip(bar, entry.told())
+        seen[kind] = bar
         axes.hlines(at, value.low, value.high, colors=[INK], linewidth=1.3, zorder=4)
         axes.plot([value.low, value.high], [at, at], "|", color=INK, markersize=6, zorder=4)
-        axes.annotate(
-            f"{value.value:.3f}", (max(value.high, value.value), at), (5, 0), textcoords="offset points", va="center"
-        )
+        _number(axes, at, max(value.high, value.value), value.value)
+    if len(names) > rows:
+        seen[SFT] = axes.barh(rows, 0.5, height=0.68, color=_KINDS[SFT][0], edgecolor="white", linewidth=0)[0]
+        _number(axes, rows, 0.5, 0.5)
     if group.metric == "win_rate":
         axes.axvline(0.5, color=INK, linewidth=0.9, linestyle=(0, (4, 2)), zorder=3)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.margins(x=0.14)
-    axes.set_xlabel(METRICS[group.metric])
+    axes.set_xlabel(group.name)
+    if len(seen) > 1:
+        kinds = [kind for kind in _KINDS if kind in seen]
+        legend(figure, [seen[kind] for kind in kinds], kinds)
     return figure
+
+
+def _number(axes: Axes, at: int, x: float, value: float) -> None:
+    axes.annotate(f"{value:.3f}", (x, at), (5, 0), textcoords="offset points", va="center")

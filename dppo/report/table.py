@@ -96,7 +96,9 @@ class Table:
 
         lines = [f"**{self.title}**", "", line([column.name for column in self.columns])]
         lines.append(line(["---" if self._is_text(at) else "---:" for at in range(len(self.columns))]))
-        lines += [line([column.text(cell) for column, cell in zip(self.columns, row, strict=True)]) for row in self.rows]
+        lines += [
+            line([column.text(cell) for column, cell in zip(self.columns, row, strict=True)]) for row in self.rows
+        ]
         return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
 
     def latex(self) -> str:

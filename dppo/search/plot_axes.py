@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 
 BAND = "0.93"
+_FEWEST_FOR_CONTOUR = 6
 LINE = 0.17  # inches between lines of small text
 _LARGEST = 1e100  # what lies beyond overflows in the arithmetic of an axis
 
@@ -189,6 +190,31 @@ def values_at(parameter: Parameter, shares: Array) -> Array:
     if parameter.log:
         return np.asarray(parameter.low * (parameter.high / parameter.low) ** shares)
     return parameter.low + (parameter.high - parameter.low) * shares
+
+
+def interpolated(where: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[Array, Any, Array] | None:
+    """Linear interpolation of (N,) values at (N, 2) places, which are given in the units of the picture.
+
+    Fine places (M, 2), triangles of them, and their heights (M,); None if there are fewer than six values, or they lie
+    on a line or are equal. Several values at one place count as their mean. The triangles are refined in these units:
+    contours between two values would be bent on another scale.
+    """
+    from matplotlib.tri import LinearTriInterpolator, Triangulation, UniformTriRefiner
+
+    points: dict[tuple[float, ...], list[float]] = {}
+    for place, value in zip(where, values, strict=True):
+        points.setdefault(tuple(place), []).append(value)
+    places, heights = np.array(list(points)), np.array([np.mean(some) for some in points.values()])
+    if len(values) < _FEWEST_FOR_CONTOUR or len(points) < 3 or np.ptp(heights) == 0:
+        return None
+    spread = np.linalg.svd(places - places.mean(0), compute_uv=False)
+    if spread[1] < 1e-3 * spread[0]:
+        return None
+    coarse = Triangulation(places[:, 0], places[:, 1])
+    fine, found = UniformTriRefiner(coarse).refine_field(heights, LinearTriInterpolator(coarse, heights), subdiv=4)
+    # Rounding must not leave a point above the highest level.
+    fitted = np.clip(np.asarray(found), heights.min(), heights.max())
+    return np.stack([fine.x, fine.y], axis=1), fine.triangles, fitted
 
 
 # --- texts that do not meet ------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from dppo.search.plot_axes import (
     bar_labels,
     colour_range,
     halo,
+    interpolated,
     is_number,
     plain,
     point_labels,
@@ -65,7 +66,6 @@ _RC = {
 _BLUE, _ORANGE, _VERMILION, _GREEN, _SKY, _PURPLE = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#CC79A7"
 _GREY = "0.45"
 _WIDTH = 7.0  # inches: the text of a page
-_FEWEST_FOR_CONTOUR = 6
 
 
 class _Style(NamedTuple):
@@ -650,29 +650,16 @@ def _numeric_pair(parameters: Sequence[Parameter]) -> tuple[Parameter, Parameter
 
 
 def _interpolated(marks: Sequence[_Mark], pair: tuple[Parameter, Parameter]) -> tuple[Any, Array] | None:
-    """A fine triangulation and its (N,) values for tricontourf; None if the trials are too few, on a line or equal.
+    """A fine triangulation and its (N,) values for tricontourf; None if the trials are too few, on a line or equal."""
+    from matplotlib.tri import Triangulation
 
-    The triangles are refined on the scale of the axes: contours between two trials would be bent otherwise.
-    """
-    from matplotlib.tri import LinearTriInterpolator, Triangulation, UniformTriRefiner
-
-    # Several trials at one point count as their mean.
-    points: dict[tuple[float, ...], list[float]] = {}
-    for mark in marks:
-        points.setdefault(tuple(share_of(one, mark.trial.values[one.name]) for one in pair), []).append(
-            mark.value.value
-        )
-    where, values = np.array(list(points)), np.array([np.mean(some) for some in points.values()])
-    if len(marks) < _FEWEST_FOR_CONTOUR or len(points) < 3 or np.ptp(values) == 0:
+    where = [[share_of(one, mark.trial.values[one.name]) for one in pair] for mark in marks]
+    found = interpolated(where, [mark.value.value for mark in marks])
+    if found is None:
         return None
-    spread = np.linalg.svd(where - where.mean(0), compute_uv=False)
-    if spread[1] < 1e-3 * spread[0]:
-        return None
-    coarse = Triangulation(where[:, 0], where[:, 1])
-    fine, heights = UniformTriRefiner(coarse).refine_field(values, LinearTriInterpolator(coarse, values), subdiv=4)
-    x, y = (values_at(one, shares) for one, shares in zip(pair, (fine.x, fine.y), strict=True))
-    # Rounding must not leave a point above the highest level.
-    return Triangulation(x, y, fine.triangles), np.clip(np.asarray(heights), values.min(), values.max())
+    shares, triangles, heights = found
+    x, y = (values_at(one, shares[:, which]) for which, one in enumerate(pair))
+    return Triangulation(x, y, triangles), heights
 
 
 def _crosses(axes: Axes, points: Sequence[tuple[Interval, Interval]], colour: str) -> None:
