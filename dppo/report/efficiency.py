@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dppo.report.drawing import MUTED, colour, dashes, grid, legend, marker, new_figure, short, tip
-from dppo.report.evidence import Entry, Group, phases, sentence
+from dppo.report.evidence import Entry, Group, phases, sentence, without
 from dppo.report.panel import Panel
 from dppo.report.table import Column, Table
+from dppo.results import command_line
 from dppo.search.plot_axes import is_number
 
 if TYPE_CHECKING:
@@ -92,8 +93,8 @@ def _rest(lines: Mapping[str, Any]) -> str:
 
 
 def _more_seeds(group: Group) -> str:
-    words = [word for word in group.best.run.words if not word.lstrip("+").startswith(("seed=", *_SIZES))]
-    return " ".join(["python -m dppo", *words, "train.n_examples=128,256,512,null", "seed=0,1,2", "-m"])
+    words = without(group.best.run.words, "seed", "sweep", *_SIZES)
+    return command_line([*words, "train.n_examples=128,256,512,null", "seed=0,1,2", "-m"])
 
 
 def _draw(group: Group, lines: Mapping[str, Sequence[tuple[int, Entry]]], width: float) -> Figure:

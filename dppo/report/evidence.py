@@ -329,11 +329,21 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def again(run: Run) -> str:
-    """The command line that makes a run anew."""
-    return command_line(run.words)
+def without(words: Sequence[str], *keys: str) -> list[str]:
+    """A command's words without those that give one of ``keys`` a value."""
+    return [word for word in words if word.lstrip("+").partition("=")[0] not in keys]
 
 
-def seed_of(words: Sequence[str]) -> list[str]:
-    """A command's words without its seed."""
-    return [word for word in words if not word.lstrip("+").startswith("seed=")]
+def preset(words: Sequence[str]) -> str | None:
+    """The search whose preset these words ask for."""
+    return next((word.partition("=")[2] for word in words if word.lstrip("+").startswith("sweep=")), None)
+
+
+def again(entry: Entry) -> str:
+    """The command line that makes the runs of an entry anew."""
+    words, seeds = entry.run.words, [str(seed) for seed in sorted(entry.configuration.runs)]
+    if len(seeds) == 1:
+        return command_line(words)
+    if preset(words):  # with -m it would search
+        return f"for seed in {' '.join(seeds)}; do {command_line(without(words, 'seed'))} seed=$seed; done"
+    return command_line([*without(words, "seed"), f"seed={','.join(seeds)}", "-m"])

@@ -23,9 +23,10 @@ from dppo.report.drawing import (
     short,
     tip,
 )
-from dppo.report.evidence import Entry, Group, flattened, sentence, shown
+from dppo.report.evidence import Entry, Group, flattened, preset, sentence, shown, without
 from dppo.report.panel import Panel
 from dppo.report.table import Cell, Column, Table
+from dppo.results import command_line
 from dppo.search.plot_axes import interpolated
 
 if TYPE_CHECKING:
@@ -177,10 +178,15 @@ def _further(found: Search) -> tuple[str, str]:
     key = found.numbers[0]
     x = found.x(found.best)
     step = 10.0 if found.log[key] else 1.5
-    values = [x / step**2, x / step] if found.end == "lower" else [x * step, x * step**2]
-    words = [word for word in found.best.run.words if word.lstrip("+").partition("=")[0] not in (key, "seed")]
+    values = sorted([x / step**2, x / step] if found.end == "lower" else [x * step, x * step**2])
+    words = without(found.best.run.words, key, "seed", "evaluation.interim.n_points")
+    if name := preset(words):
+        # A preset's own search would begin again with its own range.
+        inside = f"interval({values[0]:.3g},{max(values[1], x):.3g})"
+        words += [f"{key}=tag(log, {inside})" if found.log[key] else f"{key}={inside}"]
+        return "values beyond that end", command_line([*words, f"hydra.sweeper.study_name={name}_beyond", "-m"])
     told = ",".join(f"{value:.3g}" for value in values)
-    return "values beyond that end", " ".join(["python -m dppo", *words, f"{key}={told}", "seed=0,1,2", "-m"])
+    return "values beyond that end", command_line([*words, f"{key}={told}", "seed=0,1,2", "-m"])
 
 
 def _draw(group: Group, found: Search, width: float) -> Figure:

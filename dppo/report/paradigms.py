@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from dppo.evaluation.comparison import shown_p
 from dppo.report.drawing import COLOURS, INK, MUTED, grid, legend, lines_of, new_figure, tip
-from dppo.report.evidence import SFT, Entry, Group, phases, sentence, shown
+from dppo.report.evidence import SFT, Entry, Group, phases, sentence, shown, without
 from dppo.report.panel import Panel
 from dppo.report.table import Column, Table
+from dppo.results import command_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,8 +71,7 @@ def panel(group: Group) -> Panel:
 
 
 def _missing(group: Group, families: dict[str, list[Entry]]) -> tuple[str, str]:
-    fixed = group.baseline.run.words
-    kept = [word for word in fixed if word.partition("=")[0].lstrip("+") not in ("loss", "alpha", "seed", "penalty")]
+    kept = without(group.baseline.run.words, "loss", "alpha", "seed", "penalty", "sweep", "experiment")
     if "DPO" not in families:
         return "DPO is not among these runs", _command(kept, "loss=dpo")
     if len(families) == 1:
@@ -82,7 +82,7 @@ def _missing(group: Group, families: dict[str, list[Entry]]) -> tuple[str, str]:
 
 
 def _command(kept: Sequence[str], word: str) -> str:
-    return " ".join(["python -m dppo", *kept, word, "seed=0,1,2", "-m"])
+    return command_line([*kept, word, "seed=0,1,2", "-m"])
 
 
 def _kind(entry: Entry) -> str:

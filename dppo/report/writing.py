@@ -17,13 +17,12 @@ from dppo.progress import Progress
 from dppo.report import efficiency, hyperparameters, paradigms
 from dppo.report.answers import choose
 from dppo.report.drawing import NARROW, RC, WIDE
-from dppo.report.evidence import NAMES, Entry, Evidence, Group, again, flattened, seed_of, shown
+from dppo.report.evidence import NAMES, Entry, Evidence, Group, again, flattened, shown
 from dppo.report.page import Card, Page, Settings, render
 from dppo.report.panel import Panel
 from dppo.report.studies import part
 from dppo.report.svg import inline
 from dppo.report.table import Cell, Column, Table
-from dppo.results import command_line
 
 PAGE = "report.html"
 _DPI = 160
@@ -210,8 +209,8 @@ def _comparison(group: Group, place: int) -> Table:
         diverged = f" ({len(entry.line.diverged)} diverged)" if entry.line.diverged else ""
         rows.append(
             (
-                entry.label, entry.method, seeds + diverged, entry.line.n, entry.value, entry.line.difference,
-                shown_p(entry.line.p), entry.mean_reward() if entry.measured else None,
+                entry.label, entry.value, entry.line.difference, shown_p(entry.line.p), entry.line.n,
+                seeds + diverged, entry.method, entry.mean_reward() if entry.measured else None,
                 entry.number("kl.nats_per_answer"),
                 entry.number("length.policy.tokens"), entry.number("held_out.accuracy"),
             )
@@ -221,8 +220,8 @@ def _comparison(group: Group, place: int) -> Table:
         f"configurations_{place}",
         group.title[0].upper() + group.title[1:],
         (
-            Column("configuration", code=True), Column("method"), Column("seeds"), Column("n"), Column(group.metric),
-            Column("difference", sign=True), Column("p"), Column("reward"),
+            Column("configuration", code=True), Column(group.name), Column("difference", sign=True), Column("p"),
+            Column("n"), Column("seeds"), Column("method"), Column("reward"),
             Column("KL, nats an answer", digits=2), Column("answer tokens", digits=1), Column("held-out accuracy"),
         ),
         tuple(rows),
@@ -295,15 +294,7 @@ def _setting(value: object) -> str:
 
 def _commands(evidence: Evidence) -> tuple[tuple[str, str], ...]:
     """A line a configuration that makes all of its seeds again."""
-    found = []
-    for entry in evidence.entries:
-        seeds = sorted(entry.configuration.runs)
-        if len(seeds) == 1:
-            line = again(entry.run)
-        else:
-            line = command_line([*seed_of(entry.run.words), f"seed={','.join(map(str, seeds))}", "-m"])
-        found.append((entry.label, line))
-    return tuple(found[:_MOST_COMMANDS])
+    return tuple((entry.label, again(entry)) for entry in evidence.entries)[:_MOST_COMMANDS]
 
 
 def title_of(paths: Sequence[Path]) -> str:
