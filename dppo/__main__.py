@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dppo import config, startup
+from dppo import config, dotted, startup
 from dppo.command_line import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     complain,
-    dotted,
     explain_composition,
 )
 from dppo.errors import JobError, Pruned, Resumable, UserError
@@ -359,7 +358,7 @@ def _known_keys() -> list[str]:
 
     base = OmegaConf.to_container(config.compose(), resolve=False)
     assert isinstance(base, dict)
-    return dotted({str(key): value for key, value in base.items()})
+    return dotted.names({str(key): value for key, value in base.items()})
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 from dppo.errors import UserError
 
@@ -97,16 +97,6 @@ def _unknown_key(key: str, rest: str, overrides: Sequence[str], known: Sequence[
         return f"{typed}: unknown key. Did you mean {elsewhere[0]}?"
     where = f"in {parent}" if parent else "at the top"
     return f"{typed}: unknown key. Known {where}: {', '.join(sorted(siblings)) or 'none'}"
-
-
-def dotted(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Every key of a nested mapping by its dotted name, branches included."""
-    names = []
-    for key, value in values.items():
-        names.append(f"{prefix}{key}")
-        if isinstance(value, Mapping):
-            names += dotted(value, f"{prefix}{key}.")
-    return names
 
 
 def duration(seconds: float) -> str:

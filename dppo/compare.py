@@ -16,11 +16,11 @@ from dppo.evaluation.comparison import (
     Line,
     compare_runs,
     configurations,
-    find_runs,
     sft_value,
     shown_interval,
     shown_p,
 )
+from dppo.evaluation.runs import find_runs
 from dppo.evaluation.win_rates import Interval
 
 _WHISKERS = 25

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from dppo.artifacts import manifest
 from dppo.artifacts.files import disk_errors, write_atomic
+from dppo.dotted import leaves
 from dppo.errors import UserError
 from dppo.loop import PERCENT, SETUP, Metrics
 from dppo.types import Artifact, Generation, Json, Prompt
@@ -258,15 +259,13 @@ def number(result: Mapping[str, Any], path: str, asked_by: str) -> float:
     return float(found)
 
 
-def final_scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float | int]:
+def final_scalars(result: Mapping[str, Any]) -> dict[str, float | int]:
     """Every number of a result by its dotted name."""
-    flat: dict[str, float | int] = {}
-    for key, value in result.items():
-        if isinstance(value, Mapping):
-            flat |= final_scalars(value, f"{prefix}{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            flat[f"{prefix}{key}"] = value
-    return flat
+    return {
+        name: value
+        for name, value in leaves(result).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
 
 
 def samples(

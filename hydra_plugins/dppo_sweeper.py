@@ -360,6 +360,7 @@ class OptunaSweeper(Sweeper):
         A worker looks at one end alone: the process that started it has looked at all.
         """
         from dppo import config
+        from dppo.dotted import leaves
         from dppo.errors import UserError
         from dppo.results import check_objectives
         from dppo.search.runner import say
@@ -389,7 +390,7 @@ class OptunaSweeper(Sweeper):
             say("the best is chosen on test prompts: evaluation.split=validation keeps them for the result")
         plain = OmegaConf.to_container(self._compose(fixed), resolve=False)
         assert isinstance(plain, dict)
-        kept = {key: value for key, value in _flat(plain).items() if not key.startswith(_NO_INFLUENCE)}
+        kept = {key: str(value) for key, value in leaves(plain).items() if not key.startswith(_NO_INFLUENCE)}
         return experiment, kept
 
     def _calibrated(self, space: Space, fixed: Sequence[str], directory: Path) -> tuple[Space, list[str]]:
@@ -554,17 +555,6 @@ def _without(words: Sequence[str], *keys: str) -> list[str]:
 def _on_test(words: Sequence[str]) -> list[str]:
     """The words of a run that is scored on test prompts, with a seed that is still to be given."""
     return [*_without(words, "evaluation.split", "evaluation.interim", "seed"), "evaluation.split=test"]
-
-
-def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """Every leaf by its dotted name, as text."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
 
 
 def _parameter(override: Override) -> Parameter:

@@ -15,8 +15,10 @@ import yaml
 
 from dppo import compare
 from dppo.errors import UserError
-from dppo.evaluation.comparison import Line, compare_runs, configurations, find_runs
+from dppo.evaluation.comparison import Line, compare_runs, configurations
+from dppo.evaluation.runs import find_runs
 from dppo.evaluation.win_rates import holm, paired_difference
+from dppo.results import SCHEMA
 from tests.conftest import Run, small
 
 
@@ -31,7 +33,7 @@ def write_run(
 ) -> Path:
     """A run directory whose SFT model has reward 0 for every prompt."""
     path.mkdir(parents=True)
-    result: dict[str, Any] = {"status": status}
+    result: dict[str, Any] = {"schema": SCHEMA, "status": status}
     if status == "complete":
         result |= {
             "reward": {"policy": {"value": float(np.mean(rewards))}},

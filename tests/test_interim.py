@@ -21,7 +21,7 @@ from dppo.artifacts import Cache
 from dppo.config import Experiment, InterimSettings
 from dppo.data.encoding import ChatEncoder
 from dppo.errors import UserError
-from dppo.evaluation.comparison import find_runs
+from dppo.evaluation.runs import find_runs
 from dppo.loop import Interim, Metrics
 from dppo.losses.penalised import PenalisedLoss
 from dppo.losses.penalties import Expectile

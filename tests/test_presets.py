@@ -10,7 +10,8 @@ import yaml
 
 from dppo.__main__ import _jobs, _search_space, _sweeper
 from dppo.config import CONF_DIR, compose, load
-from dppo.evaluation.comparison import compare_runs, configurations, find_runs, sft_value
+from dppo.evaluation.comparison import compare_runs, configurations, sft_value
+from dppo.evaluation.runs import find_runs
 from tests.conftest import Run, small
 from tests.test_config import NEEDS
 

@@ -7,7 +7,7 @@ same prompts.
 from __future__ import annotations
 
 import json
-import shlex
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from dppo.dotted import leaves
 from dppo.errors import UserError
+from dppo.evaluation.ranking import Entrant, Ranking, rank
+from dppo.evaluation.runs import Run, rewards_in
 from dppo.evaluation.win_rates import (
     Array,
     Interval,
@@ -29,6 +32,8 @@ from dppo.evaluation.win_rates import (
 
 # Settings that tell runs of one configuration apart, or have no influence on results.
 _NOT_COMPARED = ("seed", "cache", "device", "tracking", "objectives")
+# Beside them: what never changes a number, and root values that are shown where they are used (loss.alpha).
+_NOT_SHOWN = (*_NOT_COMPARED[1:], "hydra", "dry_run", "allowed_targets", "alpha", "beta", "zeta", "penalty")
 METRICS = {
     "win_rate": "win rate against SFT, ties 1/2",
     "reward": "mean reward",
@@ -37,21 +42,6 @@ METRICS = {
     "accuracy": "share of held-out pairs ranked right by log-prob",
     "after_edit": "token log-prob of held-out chosen answers behind the first edit, nats",
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run directory."""
-
-    path: Path
-    seed: int
-    settings: Mapping[str, Any]
-    words: tuple[str, ...]  # overrides as typed
-    result: Mapping[str, Any]
-
-    @property
-    def diverged(self) -> bool:
-        return bool(self.result["status"] == "diverged")
 
 
 @dataclass(eq=False)
@@ -78,33 +68,6 @@ class Line:
     means: Mapping[str, float] = field(default_factory=dict)
 
 
-def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """All finished runs in these directories and below. Raises UserError if there are none."""
-    found = []
-    for path in paths:
-        if not path.is_dir():
-            raise UserError(f"{path}: is not a directory; give run directories, or folders that hold some")
-        found += [run for result in sorted(path.rglob("result.json")) if (run := _read(result)) is not None]
-    if not found:
-        raise UserError(f"{' '.join(map(str, paths))}: no finished run (result.json) in there")
-    return list({run.path.resolve(): run for run in found}.values())
-
-
-def _read(path: Path) -> Run | None:
-    import yaml
-
-    directory = path.parent
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        settings = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-        words = shlex.split((directory / "command.txt").read_text(encoding="utf-8"))[3:]
-        if result["status"] not in ("complete", "diverged"):
-            return None
-        return Run(directory, int(settings["seed"]), settings, tuple(words), result)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{directory}: is not a run that can be read ({type(error).__name__}: {error})") from None
-
-
 def configurations(runs: Sequence[Run]) -> list[Configuration]:
     """Runs by configuration, each labelled by the words that not all of them share; the newest run of a seed counts."""
     groups: dict[str, Configuration] = {}
@@ -118,6 +81,108 @@ def configurations(runs: Sequence[Run]) -> list[Configuration]:
     for group, own in zip(found, words, strict=True):
         group.label = " ".join(word for word in own if word not in shared) or "defaults"
     return found
+
+
+def rewards_of(one: Configuration) -> dict[int, Mapping[str, tuple[float, float]]]:
+    """(policy, reference) rewards by seed and prompt_id; no prompts for a diverged run, which has no answers."""
+    return {seed: run.rewards for seed, run in sorted(one.runs.items())}
+
+
+@dataclass(frozen=True)
+class SettingDifference:
+    """A setting that two runs don't share, by its dotted name; values as text, None where a run has no such setting."""
+
+    key: str
+    first: str | None
+    second: str | None
+
+
+def differences_of_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[SettingDifference]:
+    """What differs between two resolved configurations, without settings that have no influence on results.
+
+    A class is named without its module, under the name of its group: ``loss: DPO``.
+    """
+    own, other = (_shown_settings(settings) for settings in (first, second))
+    return [
+        SettingDifference(key, own.get(key), other.get(key))
+        for key in dict.fromkeys([*own, *other])
+        if own.get(key) != other.get(key)
+    ]
+
+
+def _shown_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    used = {key: value for key, value in settings.items() if key not in _NOT_SHOWN}
+    shown = {}
+    for key, value in leaves(used).items():
+        if key.endswith("._target_"):
+            shown[key.removesuffix("._target_")] = str(value).rpartition(".")[2]
+        else:
+            shown[key] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return shown
+
+
+@dataclass(frozen=True, eq=False)
+class Standings:
+    """Many configurations ranked; ``ranking`` is in the order of ``labels``.
+
+    ``sft`` tells whether the first of them is the SFT model (with rating 0); else the baseline has rating 0, because
+    the runs were compared with different SFT models. ``n_prompts`` of at most ``most_prompts`` that a run has are
+    common to all. ``diverged`` are the seeds of each that lost every prompt.
+    """
+
+    labels: tuple[str, ...]
+    diverged: tuple[tuple[int, ...], ...]
+    ranking: Ranking
+    sft: bool
+    n_prompts: int
+    most_prompts: int
+
+
+def standings(
+    found: Sequence[Configuration], *, baseline: str | None = None, n_bootstrap: int = 10_000, seed: int = 0
+) -> Standings:
+    """Win matrix and ratings of these configurations and the SFT model, on the prompts that all runs answered.
+
+    ``baseline`` is a part of a label (None: the first configuration). Diverged runs lose every prompt. Raises UserError
+    if there is nothing to rank: no common prompts, different reward functions, or a single configuration.
+    """
+    base = _baseline(found, baseline)
+    runs = [run for one in found for run in one.runs.values()]
+    answered = [run.rewards for run in runs if run.rewards]
+    if not answered:
+        raise UserError("ranking: none of these runs has answers (all diverged)")
+    if len({json.dumps(run.settings.get("reward"), sort_keys=True) for run in runs}) > 1:
+        raise UserError("ranking: these runs were scored by different rewards (reward=); rank those that share one")
+    common = sorted(set.intersection(*map(set, answered)))
+    if not common:
+        raise UserError(
+            "ranking: no prompt was answered by all of these runs (other dataset, split or limits); "
+            "rank those that share prompts"
+        )
+    references = {tuple(rewards[key][1] for key in common) for rewards in answered}
+    entrants = []
+    if len(references) == 1:
+        entrants.append(Entrant("SFT", None, np.array(list(references), dtype=np.float64)))
+    elif len(found) == 1:
+        raise UserError("ranking: a single configuration, whose runs have different SFT models; give two or more")
+    for one in found:
+        rows = [
+            [rewards[key][0] for key in common] if rewards else [-math.inf] * len(common)
+            for rewards in rewards_of(one).values()
+        ]
+        entrants.append(Entrant(one.label, tuple(sorted(one.runs)), np.array(rows, dtype=np.float64)))
+    sft = len(references) == 1
+    return Standings(
+        labels=tuple(one.name for one in entrants),
+        diverged=(
+            *([()] if sft else []),
+            *(tuple(s for s, run in sorted(one.runs.items()) if run.diverged) for one in found),
+        ),
+        ranking=rank(entrants, n_bootstrap=n_bootstrap, seed=seed, anchor=0 if sft else found.index(base)),
+        sft=sft,
+        n_prompts=len(common),
+        most_prompts=max(map(len, answered)),
+    )
 
 
 def _telling_words(run: Run) -> list[str]:
@@ -201,12 +266,13 @@ def shown_p(p: float | None) -> str:
 
 def sft_value(found: Sequence[Configuration], metric: str) -> float | None:
     """The SFT model's own mean of a metric that it has one of, from the first run that was measured."""
-    files = {"reward": ("samples.jsonl", "reference_reward"), "after_edit": ("pairs.jsonl", "reference_after_edit")}
-    runs = [run for one in found for run in one.runs.values() if not run.diverged]
-    if metric not in files or not runs:
+    run = next((run for one in found for run in one.runs.values() if run.rewards), None)
+    if run is None or metric not in ("reward", "after_edit"):
         return None
-    name, column = files[metric]
-    return float(np.mean([row[column] for row in _lines(runs[0].path / name) if row[column] is not None]))
+    if metric == "reward":
+        return float(np.mean([reference for _, reference in run.rewards.values()]))
+    known = [row["reference_after_edit"] for row in run.pairs.values() if row["reference_after_edit"] is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _baseline(found: Sequence[Configuration], wanted: str | None) -> Configuration:
@@ -229,7 +295,7 @@ def _table(one: Configuration, metric: str) -> dict[int, dict[str, float]]:
             if metric == "win_rate":
                 table[seed] = {}
             continue
-        values = _pair_values(run, metric) if metric in PAIR_METRICS else prompt_values(run.path, metric)
+        values = values_of_pairs(run, metric) if metric in PAIR_METRICS else values_of_prompts(run.rewards, metric)
         if values:
             table[seed] = values
     return table
@@ -237,9 +303,12 @@ def _table(one: Configuration, metric: str) -> dict[int, dict[str, float]]:
 
 def prompt_values(path: Path, metric: str) -> dict[str, float]:
     """The values of a run directory by prompt: of win_rate (win 1, tie 1/2, loss 0), reward or reward_gain."""
-    rows = _lines(path / "samples.jsonl")
-    own = np.array([row["policy_reward"] for row in rows], dtype=float)
-    other = np.array([row["reference_reward"] for row in rows], dtype=float)
+    return values_of_prompts(rewards_in(path), metric)
+
+
+def values_of_prompts(rewards: Mapping[str, tuple[float, float]], metric: str) -> dict[str, float]:
+    """The same from (policy, reference) rewards by prompt."""
+    own, other = np.array(list(rewards.values()), dtype=np.float64).T
     values: Array = (
         outcomes(own.tolist(), other.tolist())
         if metric == "win_rate"
@@ -247,7 +316,7 @@ def prompt_values(path: Path, metric: str) -> dict[str, float]:
         if metric == "reward_gain"
         else own
     )
-    return {row["prompt_id"]: float(value) for row, value in zip(rows, values, strict=True)}
+    return dict(zip(rewards, values.tolist(), strict=True))
 
 
 # Those of METRICS that are measured on held-out pairs, from a row of pairs.jsonl; the others are on prompts.
@@ -258,25 +327,24 @@ PAIR_METRICS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
 }
 
 
-def _pair_values(run: Run, metric: str) -> dict[str, float]:
-    found = {row["example_id"]: PAIR_METRICS[metric](row) for row in _lines(run.path / "pairs.jsonl")}
+def values_of_pairs(run: Run, metric: str) -> dict[str, float]:
+    """The values of one of PAIR_METRICS by pair, without those that have none."""
+    found = {key: PAIR_METRICS[metric](row) for key, row in run.pairs.items()}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}); run it again") from None
-
-
 def _means(one: Configuration) -> dict[str, float]:
-    """What a table shows beside the metric, averaged over the seeds that did not diverge."""
-    results = [run.result for run in one.runs.values() if not run.diverged]
-    if not results:
+    """What a table shows beside the metric, averaged over the seeds that did not diverge; NaN where unknown."""
+    names = {
+        "reward": "reward.policy.value",
+        "kl_nats_per_answer": "kl.nats_per_answer",
+        "tokens": "length.policy.tokens",
+    }
+    runs = [run for run in one.runs.values() if not run.diverged]
+    if not runs:
         return {}
+    numbers = {what: [run.number(name) for run in runs] for what, name in names.items()}
     return {
-        "reward": float(np.mean([found["reward"]["policy"]["value"] for found in results])),
-        "kl_nats_per_answer": float(np.mean([found["kl"]["nats_per_answer"] for found in results])),
-        "tokens": float(np.mean([found["length"]["policy"]["tokens"] for found in results])),
+        what: float(np.mean([math.nan if value is None else value for value in values]))
+        for what, values in numbers.items()
     }

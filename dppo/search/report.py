@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from dppo.artifacts.files import disk_errors, write_atomic
 from dppo.command_line import aligned
 from dppo.errors import UserError
-from dppo.evaluation.comparison import Configuration, compare_runs, find_runs, shown_interval, shown_p
+from dppo.evaluation.comparison import Configuration, compare_runs, shown_interval, shown_p
+from dppo.evaluation.runs import find_runs
 from dppo.evaluation.win_rates import Interval
 from dppo.results import command_line
 from dppo.search import trust
