@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dppo.evaluation.runs import sample_rows
 from dppo.report.evidence import SFT, Entry, Group
 from dppo.report.text import cut, visible
 
@@ -72,9 +73,7 @@ def choose(group: Group) -> Answers:
 
 def _rows(entry: Entry) -> dict[str, dict[str, Any]]:
     seed = next(iter(entry.measured))
-    path = entry.configuration.runs[seed].path / "samples.jsonl"
-    with path.open(encoding="utf-8") as file:
-        return {row["prompt_id"]: row for row in map(json.loads, file)}
+    return sample_rows(entry.configuration.runs[seed])
 
 
 def _shown(text: str) -> str:

@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from dppo.evaluation.comparison import METRICS, Configuration, Line, Run, compare_runs, configurations
+from dppo.data.ids import content_hash
+from dppo.dotted import leaves
+from dppo.evaluation.comparison import METRICS, Configuration, Line, compare_runs, configurations
+from dppo.evaluation.runs import Broken, Run
 from dppo.evaluation.win_rates import Array, Interval, crossed_mean
 from dppo.results import command_line
 
@@ -132,7 +135,7 @@ class Group:
     @cached_property
     def varying(self) -> tuple[str, ...]:
         """The dotted keys of the settings in which the entries differ."""
-        flat = [flattened(entry.settings) for entry in self.entries]
+        flat = [leaves(entry.settings) for entry in self.entries]
         keys = dict.fromkeys(key for one in flat for key in one)
         missing = object()
         return tuple(key for key in keys if len({repr(one.get(key, missing)) for one in flat}) > 1)
@@ -168,29 +171,23 @@ class Evidence:
 
 def gather(
     runs: Sequence[Run],
-    left_out: Sequence[LeftOut],
+    broken: Sequence[Broken],
     root: Path,
     *,
     metric: str,
     baseline: str | None,
     n_bootstrap: int,
 ) -> Evidence:
-    """Groups from runs that can be read; a run whose rows are missing or torn is left out, and said to be."""
-    left = list(left_out)
-    by_prompts: dict[tuple[str, ...], list[Run]] = {}
-    rows: dict[Path, dict[str, tuple[float, float]]] = {}
-    homes: dict[str, tuple[str, ...]] = {}
+    """Groups of the runs that finished; the others are left out, and said to be."""
+    left = [LeftOut(one.path, one.why) for one in broken]
+    left += [LeftOut(run.path, run.ending, run.status) for run in runs if not run.finished]
+    by_prompts: dict[str, list[Run]] = {}
+    homes: dict[str, str] = {}
     for run in runs:
-        if run.diverged:
-            continue
-        try:
-            rows[run.path] = _rewards(run.path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            left.append(LeftOut(run.path, f"samples.jsonl can't be read ({type(error).__name__})"))
-            continue
-        key = (json.dumps(run.settings.get("reward"), sort_keys=True), *sorted(rows[run.path]))
-        homes[_measured_by(run)] = key
-        by_prompts.setdefault(key, []).append(run)
+        if run.status == "complete":
+            key = content_hash([run.settings.get("reward"), *sorted(run.rewards)])
+            homes[_measured_by(run)] = key
+            by_prompts.setdefault(key, []).append(run)
     for run in runs:
         if run.diverged:
             # It answered nothing; it belongs to those that were to answer the same.
@@ -198,7 +195,7 @@ def gather(
                 left.append(LeftOut(run.path, "diverged, and no other run was measured in the same way", "diverged"))
             else:
                 by_prompts[home].append(run)
-    groups = [_group(found, rows, metric, baseline, n_bootstrap) for found in by_prompts.values()]
+    groups = [_group(found, metric, baseline, n_bootstrap) for found in by_prompts.values()]
     groups.sort(key=lambda group: (group.split != "test", -len(group.entries)))
     # Results are what a report is about, but not one lonely run beside a whole grid.
     groups.sort(key=lambda group: len(group.entries) < 2)
@@ -207,7 +204,6 @@ def gather(
 
 def _group(
     runs: Sequence[Run],
-    rows: Mapping[Path, Mapping[str, tuple[float, float]]],
     metric: str,
     baseline: str | None,
     n_bootstrap: int,
@@ -222,17 +218,17 @@ def _group(
     lines = compare_runs(found, metric=metric, baseline=base.label, n_bootstrap=n_bootstrap, seed=0)
     by_label = {one.label: one for one in found}
     lines.sort(key=lambda line: -line.value.value)
-    prompts = tuple(next(iter(rows[run.path] for run in runs if run.path in rows)))
+    whole = next(run for run in runs if not run.diverged)
+    prompts = tuple(whole.rewards)
     entries = []
     for place, line in enumerate(lines):
         one = by_label[line.label]
         measured = {}
         for seed, run in sorted(one.runs.items()):
             if not run.diverged:
-                pairs = np.array([rows[run.path][prompt] for prompt in prompts], dtype=np.float64)
+                pairs = np.array([run.rewards[prompt] for prompt in prompts], dtype=np.float64)
                 measured[seed] = Measured(pairs[:, 0], pairs[:, 1])
         entries.append(Entry(one, line, method(settings[line.label]), settings[line.label], place, measured))
-    whole = next(run for run in runs if not run.diverged)
     split = str(whole.result.get("split", "test"))
     reward = _class(whole.settings.get("reward"))
     title = f"{len(prompts):,} {split} prompts, scored by {reward}"
@@ -253,15 +249,6 @@ def _baseline(
             if method(settings[one.label]) == name:
                 return one
     return found[0]
-
-
-def _rewards(path: Path) -> dict[str, tuple[float, float]]:
-    with (path / "samples.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    found = {row["prompt_id"]: (float(row["policy_reward"]), float(row["reference_reward"])) for row in rows}
-    if not found or not np.isfinite(list(found.values())).all():
-        raise ValueError("no finite rewards")
-    return found
 
 
 def _measured_by(run: Run) -> str:
@@ -316,17 +303,6 @@ def _class(settings: Any) -> str:
         if isinstance(settings, Mapping) and "_target_" in settings
         else "?"
     )
-
-
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every leaf of nested settings by its dotted name."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flattened(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def without(words: Sequence[str], *keys: str) -> list[str]:

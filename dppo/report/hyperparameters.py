@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dppo.dotted import leaves
 from dppo.report.drawing import (
     INK,
     MUTED,
@@ -23,7 +24,7 @@ from dppo.report.drawing import (
     short,
     tip,
 )
-from dppo.report.evidence import Entry, Group, flattened, preset, sentence, shown, without
+from dppo.report.evidence import Entry, Group, preset, sentence, shown, without
 from dppo.report.panel import Panel
 from dppo.report.table import Cell, Column, Table
 from dppo.results import command_line
@@ -62,7 +63,7 @@ class Search:
 
 def number(entry: Entry, key: str) -> float:
     """The value of a setting; NaN for what is no number."""
-    found = flattened(entry.settings).get(key)
+    found = leaves(entry.settings).get(key)
     return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else math.nan
 
 

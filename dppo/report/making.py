@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dppo.errors import UserError
-from dppo.evaluation.comparison import find_runs
+from dppo.evaluation.runs import read_runs
 from dppo.report.evidence import gather
 from dppo.report.writing import title_of, write
 
@@ -18,8 +18,8 @@ def report(
 
     Raises UserError if no run can be compared, or the directory can't be written to.
     """
-    runs = find_runs(paths)
-    evidence = gather(runs, [], paths[0], metric=metric, baseline=baseline, n_bootstrap=n_bootstrap)
+    runs, broken = read_runs(paths)
+    evidence = gather(runs, broken, paths[0], metric=metric, baseline=baseline, n_bootstrap=n_bootstrap)
     if not evidence.groups:
         why = "; ".join(f"{one.path}: {one.why}" for one in evidence.left_out[:3])
         raise UserError(f"{' '.join(map(str, paths))}: no finished run that can be read ({why})")

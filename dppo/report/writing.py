@@ -12,12 +12,13 @@ from pathlib import Path
 
 from dppo import __version__
 from dppo.artifacts.files import disk_errors
+from dppo.dotted import leaves
 from dppo.evaluation.comparison import METRICS, shown_p
 from dppo.progress import Progress
-from dppo.report import efficiency, hyperparameters, paradigms
+from dppo.report import efficiency, hyperparameters, paradigms, ranking
 from dppo.report.answers import choose
 from dppo.report.drawing import NARROW, RC, WIDE
-from dppo.report.evidence import NAMES, Entry, Evidence, Group, again, flattened, shown
+from dppo.report.evidence import NAMES, Entry, Evidence, Group, again, shown
 from dppo.report.page import Card, Page, Settings, render
 from dppo.report.panel import Panel
 from dppo.report.studies import part
@@ -76,6 +77,7 @@ def _panels(evidence: Evidence) -> list[Panel]:
         hyperparameters.panel(whichever(hyperparameters.find)),
         paradigms.panel(first),
         efficiency.panel(whichever(efficiency.find)),
+        ranking.panel(first),
     ]
 
 
@@ -236,11 +238,9 @@ def _runs(evidence: Evidence) -> Table:
     for group in evidence.groups:
         for entry in group.entries:
             for seed, run in sorted(entry.configuration.runs.items()):
-                found = flattened(run.result)
+                found = leaves(run.result)
                 numbers = [found.get(path) for path in _RUN_NUMBERS.values()]
-                rows.append(
-                    (entry.label, seed, run.result["status"], group.split, *numbers, _place(run.path, evidence.root))
-                )
+                rows.append((entry.label, seed, run.status, group.split, *numbers, _place(run.path, evidence.root)))
     return Table(
         "runs",
         "Runs",
@@ -279,7 +279,7 @@ def _place(path: Path, root: Path) -> str:
 def _settings(group: Group) -> Settings:
     entries = group.entries
     keys = group.varying
-    flat = [flattened(entry.settings) for entry in entries]
+    flat = [leaves(entry.settings) for entry in entries]
     values = tuple(tuple(_setting(one[key]) if key in one else None for key in keys) for one in flat)
     second = group.entries.index(group.baseline) if group.baseline is not group.best else min(1, len(entries) - 1)
     return Settings(tuple(entry.label for entry in entries), keys, values, second)
