@@ -163,6 +163,8 @@ def _complete(
 
 
 def _mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:
+    if not np.isfinite(values).all():
+        return {}
     found = crossed_mean(values[None], n_bootstrap=200, seed=0)
     return {"value": found.value, "ci_low": found.low, "ci_high": found.high}
 
