@@ -10,7 +10,7 @@ import numpy as np
 
 from dppo.evaluation.histogram import shared_bins, shares
 from dppo.evaluation.win_rates import Array, Interval, crossed_mean, crossed_rate, wilson
-from dppo.report.drawing import INK, MUTED, WIDE, colour, grid, legend, lines_of, new_figure, tip
+from dppo.report.drawing import INK, MUTED, WIDE, colour, grid, heading, legend, new_figure, tip
 from dppo.report.evidence import SFT, Entry, Group, again, shown
 from dppo.report.panel import Panel
 from dppo.report.table import Cell, Column, Table
@@ -167,7 +167,7 @@ def _draw(pairs: Sequence[_Pair], edges: Array, width: float) -> Figure:
     highest = max(float(shares(model.values, edges).max()) for pair in pairs for model in (pair.policy, pair.sft))
     for at, (axes, pair) in enumerate(zip(panels.ravel(), pairs, strict=True)):
         _histogram(axes, pair, edges, 100 * highest)
-        axes.set_title(_heading(pair, 60 if beside == 1 and width >= WIDE else 36), loc="left", fontsize=9)
+        axes.set_title(_heading(pair, width / beside - 0.7), loc="left", fontsize=9)
         if at % beside == 0:
             axes.set_ylabel("share of answers, %")
         if at // beside == below - 1:
@@ -182,9 +182,9 @@ def _draw(pairs: Sequence[_Pair], edges: Array, width: float) -> Figure:
     return figure
 
 
-def _heading(pair: _Pair, width: int) -> str:
+def _heading(pair: _Pair, inches: float) -> str:
     return (
-        f"{lines_of(pair.entry.label, width)}\nbelow 0: {_percent(pair.policy.negative)}\n{SFT}: "
+        f"{heading(pair.entry.label, inches)}\nbelow 0: {_percent(pair.policy.negative)}\n{SFT}: "
         f"{_percent(pair.sft.negative)}"
     )
 
