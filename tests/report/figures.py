@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import numpy as np
 from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
@@ -45,10 +47,21 @@ def check_words(figure: Figure) -> None:
             assert not _meet(box, beside), f"{text.get_text()!r} lies on {other.get_text()!r}"
 
 
+def points_of(line: Line2D) -> list[tuple[float, float]]:
+    """The points of a line, as they were given."""
+    return [(float(x), float(y)) for x, y in np.column_stack([line.get_xdata(), line.get_ydata()])]
+
+
+def bands(axes: Axes) -> list[set[tuple[float, float]]]:
+    """The corners of every band."""
+    shades = [one for one in axes.collections if isinstance(one, PolyCollection)]
+    return [{(float(x), float(y)) for x, y in np.asarray(one.get_paths()[0].vertices)} for one in shades]
+
+
 def tips(figure: Figure) -> list[str]:
     """What is told where one points at something."""
-    with_tip: Callable[..., bool] = lambda artist: str(artist.get_gid() or "").startswith("tip:")  # noqa: E731
-    return [str(artist.get_gid()).removeprefix("tip:") for artist in figure.findobj(with_tip)]
+    marks = [str(artist.get_gid() or "") for artist in figure.findobj()]
+    return [mark.removeprefix("tip:") for mark in marks if mark.startswith("tip:")]
 
 
 def _words(figure: Figure) -> list[Text]:

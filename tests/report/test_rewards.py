@@ -14,7 +14,7 @@ from dppo.evaluation.histogram import FEWEST, MOST, shared_bins, shares
 from dppo.evaluation.win_rates import wilson
 from dppo.report.evidence import Group
 from dppo.report.rewards import panel
-from tests.report.figures import at_both_widths, drawn, tips
+from tests.report.figures import at_both_widths, drawn, points_of, tips
 from tests.report.made_runs import gathered, make_run, unll
 
 GOOD = [2.0, 2.0, 1.0, -1.0]
@@ -115,7 +115,7 @@ def test_means_and_negative_shares(tmp_path: Path) -> None:
     mean, negative = best[3], sft[6]
     assert getattr(mean, "value", None) == pytest.approx(np.mean([GOOD, [2, 1, -1, 1]]))
     assert (negative.value, negative.low, negative.high) == pytest.approx((0.5, *wilson(2, 4)))  # type: ignore[union-attr]
-    drawn_means = [line.get_xdata()[0] for line in drawn(made).axes[0].lines if line.get_marker() == "v"]  # type: ignore[index]
+    drawn_means = [points_of(line)[0][0] for line in drawn(made).axes[0].lines if line.get_marker() == "v"]
     assert drawn_means == pytest.approx([7 / 8, -0.25])
     assert "mean reward 0.88" in made.alt and "SFT -0.25" in made.alt
 
