@@ -13,8 +13,8 @@ from dppo.evaluation.win_rates import Interval, t_interval
 from dppo.report.choice import choose, how_chosen
 from dppo.report.drawing import DASHES, MARKERS, MUTED, WIDE, colour, grid, heading, legend, new_figure, tip
 from dppo.report.evidence import Entry, Group, again, phases, quoted, seed_of, shown
-from dppo.report.history import metric_rows, number_in
 from dppo.report.panel import Panel
+from dppo.report.rows import number_in, rows_of
 from dppo.report.table import Cell, Column, Table
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _curves(run: Run) -> tuple[dict[str, _Curve], tuple[int, ...]]:
     accuracy: _Curve = {}
     settings: Mapping[str, Any] = run.settings.get("phases") or {}
     by_phase: dict[str, list[dict[str, Any]]] = {}
-    for row in metric_rows(run):
+    for row in rows_of(run.path / "metrics.jsonl"):
         if isinstance(row.get("step"), int) and any(key.startswith("eval/") for key in row):
             by_phase.setdefault(str(row.get("phase")), []).append(row)
     begins = []

@@ -1,19 +1,19 @@
-"""What a run logged while it trained."""
+"""The rows of a run's files, as far as they can be read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from dppo.evaluation.comparison import Run
 from dppo.search.plot_axes import is_number
 
 
-def metric_rows(run: Run) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``; none without such a file, and none for a line that was torn."""
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; none if it is not there, and none for a line that was torn."""
     try:
-        text = (run.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     found = []
