@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dppo.evaluation.win_rates import Interval
-from dppo.search.plot_axes import is_number, plain
+from dppo.search.plot_axes import is_number, plain, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -105,6 +105,13 @@ def legend(figure: Figure, handles: Sequence[Artist], texts: Sequence[str]) -> N
     width = float(figure.get_figwidth())
     columns = max(1, min(len(shown), int(width / (0.55 + 0.068 * max(map(len, shown))))))
     figure.legend(list(handles), shown, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def heading(text: str, inches: float, most_lines: int = 3) -> str:
+    """A user's words as the title of a panel ``inches`` wide."""
+    width = max(10, int(11 * inches))
+    most = width * most_lines
+    return wrapped(text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}", width)
 
 
 def short(text: str, most: int) -> str:

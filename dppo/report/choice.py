@@ -1,0 +1,39 @@
+"""Which few of many configurations a panel shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from dppo.evaluation.win_rates import Array
+from dppo.report.evidence import Entry
+
+
+def choose(features: Mapping[Entry, Array], baseline: Entry, most: int) -> list[Entry]:
+    """At most ``most`` of the entries, in their order: the best, the baseline, then those unlike all chosen before.
+
+    ``features`` (F,) hold what is drawn of each entry, NaN where there is nothing; entries come best first.
+    """
+    left = list(features)
+    chosen = [left.pop(0)] if left else []
+    if baseline in left and len(chosen) < most:
+        left.remove(baseline)
+        chosen.append(baseline)
+    while left and len(chosen) < most:
+        far = [min(_distance(features[entry], features[other]) for other in chosen) for entry in left]
+        chosen.append(left.pop(int(np.argmax(far))))
+    return sorted(chosen, key=lambda entry: entry.place)
+
+
+def how_chosen(shown: int, of: int) -> str:
+    """A sentence for a lead, if not all are shown."""
+    if shown == of:
+        return ""
+    return f" {shown} of {of} configurations are shown: the best, the baseline and those that differ most."
+
+
+def _distance(one: Array, other: Array) -> float:
+    apart = np.abs(one - other)
+    known = apart[np.isfinite(apart)]
+    return float(np.sqrt(np.mean(known**2))) if len(known) else 0.0
