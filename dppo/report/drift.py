@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dppo.evaluation.comparison import Run
+from dppo.evaluation.runs import Run
 from dppo.evaluation.win_rates import Interval, t_interval
 from dppo.report.choice import choose, how_chosen
 from dppo.report.drawing import DASHES, MARKERS, MUTED, WIDE, colour, grid, heading, legend, new_figure, tip
-from dppo.report.evidence import Entry, Group, again, phases, quoted, seed_of, shown
+from dppo.report.evidence import Entry, Group, again, phases, shown, words_without
 from dppo.report.panel import Panel
 from dppo.report.rows import number_in, rows_of
 from dppo.report.table import Cell, Column, Table
+from dppo.results import command_line
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -103,7 +104,7 @@ def _said(one: _Drift) -> str:
 
 def _missing(group: Group, trained: Sequence[Entry], found: Mapping[Entry, _Drift]) -> tuple[str, str]:
     if not trained:
-        return "no run that was trained on preferences ended well", again(group.baseline.run)
+        return "no run that was trained on preferences ended well", again(group.baseline)
     without = [entry for entry in trained if entry not in found]
     if not without:
         return "", ""
@@ -112,7 +113,7 @@ def _missing(group: Group, trained: Sequence[Entry], found: Mapping[Entry, _Drif
     else:
         why = f"{len(without)} of {len(trained)} configurations logged no likelihoods of held-out answers"
     run = without[0].run
-    words = seed_of(run.words)
+    words = words_without(run.words, "seed")
     for name, _, phase in phases(run.settings):
         train = phase.get("train") or {}
         if train.get("evaluate_every") is None:
@@ -120,7 +121,7 @@ def _missing(group: Group, trained: Sequence[Entry], found: Mapping[Entry, _Drif
             steps = train.get("steps")
             words = [word for word in words if word.lstrip("+").partition("=")[0] != key]
             words.append(f"{key}={max(1, steps // 8) if isinstance(steps, int) else 50}")
-    return why, f"python -m dppo {quoted([*words, f'seed={run.seed}'])}"
+    return why, command_line([*words, f"seed={run.seed}"])
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ import numpy as np
 from dppo.evaluation.win_rates import Array, Interval, crossed_mean
 from dppo.report.choice import choose, how_chosen
 from dppo.report.drawing import MUTED, colour, dashes, grid, legend, marker, new_figure, tip
-from dppo.report.evidence import SFT, Entry, Group, again, quoted, seed_of, shown
+from dppo.report.evidence import SFT, Entry, Group, again, shown, words_without
 from dppo.report.panel import Panel
 from dppo.report.rows import rows_of
 from dppo.report.table import Cell, Column, Table
+from dppo.results import command_line
 from dppo.search.plot_axes import is_number, whole_numbers
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ def panel(group: Group) -> Panel:
     lead = (
         "Mean log-prob of the tokens of held-out chosen answers, from the first token in which chosen and rejected "
         f"differ (distance 0) on, and its difference to {SFT} on the same tokens; {n_pairs} pairs at most (few "
-        f"answers are long), {number} seed{'s' if plural else ''}. Bands are 95 % intervals at each distance, bootstrap "
-        f"over pairs{' and seeds' if plural else ''}.{how_chosen(len(found), len(read))}"
+        f"answers are long), {number} seed{'s' if plural else ''}. Bands are 95 % intervals at each distance: "
+        f"bootstrap over pairs{' and seeds' if plural else ''}.{how_chosen(len(found), len(read))}"
     )
     return Panel(
         name,
@@ -91,16 +92,16 @@ def _said(one: _Behind) -> str:
 
 def _missing(group: Group, trained: Sequence[Entry], read: Mapping[Entry, _Tokens]) -> tuple[str, str]:
     if not trained:
-        return "no run that was trained on preferences ended well", again(group.baseline.run)
+        return "no run that was trained on preferences ended well", again(group.baseline)
     without = [entry for entry in trained if entry not in read]
     if not without:
         return "", ""
     several = f"{len(without)} of {len(trained)} configurations have" if read else "no run has"
     run = without[0].run
-    words = seed_of(run.words)
+    words = words_without(run.words, "seed")
     if (run.settings.get("evaluation") or {}).get("n_pairs") == 0:
         words = [*(word for word in words if not word.startswith("evaluation.n_pairs=")), "evaluation.n_pairs=256"]
-    return f"{several} log-probs of held-out pairs", f"python -m dppo {quoted([*words, f'seed={run.seed}'])}"
+    return f"{several} log-probs of held-out pairs", command_line([*words, f"seed={run.seed}"])
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dppo.report.drawing import MUTED, colour, dashes, grid, legend, marker, new_figure, short, tip
-from dppo.report.evidence import Entry, Group, phases, sentence, without
+from dppo.report.evidence import Entry, Group, phases, sentence, words_without
 from dppo.report.panel import Panel
 from dppo.report.table import Column, Table
 from dppo.results import command_line
@@ -93,7 +93,7 @@ def _rest(lines: Mapping[str, Any]) -> str:
 
 
 def _more_seeds(group: Group) -> str:
-    words = without(group.best.run.words, "seed", "sweep", *_SIZES)
+    words = words_without(group.best.run.words, "seed", "sweep", *_SIZES)
     return command_line([*words, "train.n_examples=128,256,512,null", "seed=0,1,2", "-m"])
 
 

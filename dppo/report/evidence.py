@@ -305,7 +305,7 @@ def _class(settings: Any) -> str:
     )
 
 
-def without(words: Sequence[str], *keys: str) -> list[str]:
+def words_without(words: Sequence[str], *keys: str) -> list[str]:
     """A command's words without those that give one of ``keys`` a value."""
     return [word for word in words if word.lstrip("+").partition("=")[0] not in keys]
 
@@ -321,5 +321,5 @@ def again(entry: Entry) -> str:
     if len(seeds) == 1:
         return command_line(words)
     if preset(words):  # with -m it would search
-        return f"for seed in {' '.join(seeds)}; do {command_line(without(words, 'seed'))} seed=$seed; done"
-    return command_line([*without(words, "seed"), f"seed={','.join(seeds)}", "-m"])
+        return f"for seed in {' '.join(seeds)}; do {command_line(words_without(words, 'seed'))} seed=$seed; done"
+    return command_line([*words_without(words, "seed"), f"seed={','.join(seeds)}", "-m"])

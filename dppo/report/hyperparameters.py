@@ -24,7 +24,7 @@ from dppo.report.drawing import (
     short,
     tip,
 )
-from dppo.report.evidence import Entry, Group, preset, sentence, shown, without
+from dppo.report.evidence import Entry, Group, preset, sentence, shown, words_without
 from dppo.report.panel import Panel
 from dppo.report.table import Cell, Column, Table
 from dppo.results import command_line
@@ -180,7 +180,7 @@ def _further(found: Search) -> tuple[str, str]:
     x = found.x(found.best)
     step = 10.0 if found.log[key] else 1.5
     values = sorted([x / step**2, x / step] if found.end == "lower" else [x * step, x * step**2])
-    words = without(found.best.run.words, key, "seed", "evaluation.interim.n_points")
+    words = words_without(found.best.run.words, key, "seed", "evaluation.interim.n_points")
     if name := preset(words):
         # A preset's own search would begin again with its own range.
         inside = f"interval({values[0]:.3g},{max(values[1], x):.3g})"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dppo.evaluation.comparison import shown_p
 from dppo.report.drawing import COLOURS, INK, MUTED, grid, legend, lines_of, new_figure, tip
-from dppo.report.evidence import SFT, Entry, Group, phases, sentence, shown, without
+from dppo.report.evidence import SFT, Entry, Group, phases, sentence, shown, words_without
 from dppo.report.panel import Panel
 from dppo.report.table import Column, Table
 from dppo.results import command_line
@@ -71,7 +71,7 @@ def panel(group: Group) -> Panel:
 
 
 def _missing(group: Group, families: dict[str, list[Entry]]) -> tuple[str, str]:
-    kept = without(group.baseline.run.words, "loss", "alpha", "seed", "penalty", "sweep", "experiment")
+    kept = words_without(group.baseline.run.words, "loss", "alpha", "seed", "penalty", "sweep", "experiment")
     if "DPO" not in families:
         return "DPO is not among these runs", _command(kept, "loss=dpo")
     if len(families) == 1:

@@ -47,7 +47,7 @@ def panel(group: Group) -> Panel:
     pairs = [found for entry in _shown(group) if (found := _pair(entry)) is not None]
     if not pairs:
         why = "none of these runs has rewards that can be drawn (all diverged, or none is finite)"
-        return Panel(name, title, missing=why, command=again(group.best.run))
+        return Panel(name, title, missing=why, command=again(group.best))
     edges = shared_bins(*(model.values for pair in pairs for model in (pair.policy, pair.sft)))
     seeds = {len(pair.entry.measured) for pair in pairs}
     lead = (

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from dppo.evaluation.comparison import find_runs
+from dppo.evaluation.runs import read_runs
 from dppo.evaluation.win_rates import crossed_mean, win_rate
 from dppo.report.evidence import Evidence, gather
 
@@ -127,7 +127,8 @@ def eval_row(
 
 def gathered(*paths: Path, metric: str = "win_rate", baseline: str | None = None) -> Evidence:
     """What a report knows of these runs, or of those in these folders."""
-    return gather(find_runs(paths), [], paths[0], metric=metric, baseline=baseline, n_bootstrap=200)
+    runs, broken = read_runs(paths)
+    return gather(runs, broken, paths[0], metric=metric, baseline=baseline, n_bootstrap=200)
 
 
 def _complete(
