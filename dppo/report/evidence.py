@@ -14,6 +14,7 @@ import numpy as np
 
 from dppo.data.ids import content_hash
 from dppo.dotted import leaves
+from dppo.errors import UserError
 from dppo.evaluation.comparison import METRICS, Configuration, Line, compare_runs, configurations
 from dppo.evaluation.runs import Broken, Run
 from dppo.evaluation.win_rates import Array, Interval, crossed_mean
@@ -178,7 +179,10 @@ def gather(
     baseline: str | None,
     n_bootstrap: int,
 ) -> Evidence:
-    """Groups of the runs that finished; the others are left out, and said to be."""
+    """Groups of the runs that finished; the others are left out, and said to be.
+
+    Raises UserError if no configuration is called ``baseline``, or none was measured by ``metric``.
+    """
     left = [LeftOut(one.path, one.why) for one in broken]
     left += [LeftOut(run.path, run.ending, run.status) for run in runs if not run.finished]
     by_prompts: dict[str, list[Run]] = {}
@@ -196,6 +200,9 @@ def gather(
             else:
                 by_prompts[home].append(run)
     groups = [_group(found, metric, baseline, n_bootstrap) for found in by_prompts.values()]
+    if baseline is not None and not any(_is_called(group.baseline.label, baseline) for group in groups):
+        labels = "; ".join(entry.label for group in groups for entry in group.entries)
+        raise UserError(f"--baseline {baseline}: is none of: {labels}")
     groups.sort(key=lambda group: (group.split != "test", -len(group.entries)))
     # Results are what a report is about, but not one lonely run beside a whole grid.
     groups.sort(key=lambda group: len(group.entries) < 2)
@@ -241,14 +248,18 @@ def _baseline(
 ) -> Configuration:
     """What the user names; else DPO, else SFT, else the oldest."""
     if wanted is not None:
-        matching = [one for one in found if wanted in (one.label, *one.label.split())]
-        if matching:
-            return matching[0]
+        for one in found:
+            if _is_called(one.label, wanted):
+                return one
     for name in ("DPO", SFT):
         for one in found:
             if method(settings[one.label]) == name:
                 return one
     return found[0]
+
+
+def _is_called(label: str, wanted: str) -> bool:
+    return wanted in (label, *label.split())
 
 
 def _measured_by(run: Run) -> str:

@@ -114,7 +114,7 @@ def _levels(group: Group, inside: Sequence[Entry], key: str) -> tuple[Entry, ...
 
 def _is_log(values: set[float]) -> bool:
     positive = [value for value in values if value > 0]
-    return min(values) >= 0 and len(positive) > 1 and max(positive) / min(positive) >= _DECADE
+    return min(values) >= 0 and len(positive) >= _FEWEST and max(positive) / min(positive) >= _DECADE
 
 
 def _line_name(entry: Entry, numbers: Sequence[str]) -> str:

@@ -22,5 +22,5 @@ def report(
     evidence = gather(runs, broken, paths[0], metric=metric, baseline=baseline, n_bootstrap=n_bootstrap)
     if not evidence.groups:
         why = "; ".join(f"{one.path}: {one.why}" for one in evidence.left_out[:3])
-        raise UserError(f"{' '.join(map(str, paths))}: no finished run that can be read ({why})")
+        raise UserError(f"{' '.join(map(str, paths))}: no finished run{f' that can be read ({why})' if why else ''}")
     return write(evidence, output, title=title or title_of(paths))

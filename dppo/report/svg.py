@@ -81,4 +81,6 @@ def _clean(element: ElementTree.Element, name: str) -> None:
 def _themed(value: str) -> str:
     for colour, variable in _THEME.items():
         value = re.sub(rf"{colour}\b", variable, value, flags=re.IGNORECASE)
+    # Depending on its version matplotlib names the fonts alone, or behind the size.
+    value = re.sub(r"font-family: [^;]*", "font-family: var(--sans)", value)
     return re.sub(r"(font: [^'\";]*?[\d.]+px) [^;]*", r"\1 var(--sans)", value)
