@@ -46,7 +46,14 @@ def write_run(
     )
     (path / "command.txt").write_text(" ".join(["python", "-m", "dppo", *words, f"seed={seed}", "cache.dir=x"]))
     samples = [
-        {"prompt_id": f"p{first_prompt + n}", "policy_reward": reward, "reference_reward": 0.0}
+        {
+            "prompt_id": f"p{first_prompt + n}",
+            "prompt": f"question {n}",
+            "policy_answer": "word " * (seed + n),
+            "reference_answer": "none",
+            "policy_reward": reward,
+            "reference_reward": 0.0,
+        }
         for n, reward in enumerate(rewards)
     ]
     (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
@@ -178,8 +185,11 @@ def test_the_command_on_real_runs(dppo: Run, tmp_path: Path) -> None:
 
 
 def test_one_seed_is_said_to_say_little(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare.main([str(runs / "dpo-0"), str(runs / "unll-0"), "--n-bootstrap", "200"]) == 0
-    assert "One seed each" in capsys.readouterr().out
+    write_run(runs / "ipo-0", "loss=ipo", "train.steps=9", seed=0, rewards=[1, -1, 1, 0])
+    paths = [str(runs / name) for name in ("dpo-0", "unll-0", "ipo-0")]
+    for words in ([], ["--ranking"]):
+        assert compare.main([*paths, *words, "--n-bootstrap", "200"]) == 0
+        assert "One seed each" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("command", [["dppo.cache", "ls"], ["dppo.compare", "outputs"], ["dppo.methods"]])
