@@ -114,8 +114,11 @@ def ranking_table(found: Standings, width: int) -> list[str]:
             row.insert(4, _whiskers(rating, low, high))
         rows.append(row)
     text = aligned(rows)
-    lines = [text[0], "-" * max(map(shown_width, text)), *text[1:], ""]
-    lines += _matrix(found, labels, width)
+    lines = [text[0], "-" * max(map(shown_width, text)), *text[1:]]
+    for place, one in enumerate(order, start=1):
+        if labels[one] != harmless(found.labels[one]):
+            lines += paragraph(found.labels[one], first=f"{place}: ", width=width, limit=1000)
+    lines += ["", *_matrix(found, labels, width)]
     comparisons = len(order) * (len(order) - 1) // 2
     of = "" if found.n_prompts == found.most_prompts else f" that all runs answered (of up to {found.most_prompts})"
     notes = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -227,9 +228,28 @@ def test_the_ranking_is_printed_best_first(tmp_path: Path, capsys: pytest.Captur
     assert rows[0].split()[-2:] == ["2", "0"]
     assert "0 by definition" in rows[1]
     assert "3 (1 diverged)" in rows[2]
+    assert not any("…" in row for row in rows)
     # dpo against SFT: two wins and a tie of three; SFT against unll: as many wins, and all of the diverged run's.
     matrix = "\n".join(rows)
     assert "83.3*" in matrix and "77.8*" in matrix
+
+
+def test_many_configurations_with_long_labels_keep_to_the_width(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for place in range(12):
+        words = ("loss=unll", f"train.learning_rate=0.00{place:03}")
+        write_run(tmp_path / str(place), *words, seed=0, rewards=[place, place % 3, -place, 1])
+    text = shown(capsys, str(tmp_path), "--ranking").splitlines()
+    assert max(map(len, text)) <= 80
+    assert text[2].startswith("1 ") and text[2].count("…") == 1
+    whole = [row for row in text if re.fullmatch(r"\d+: train\.learning_rate=0\.000\d\d", row)]
+    assert len(whole) == 12  # what the tables cut off is below the first
+    assert sum(row.split()[:2] == ["1", "2"] for row in text) == 1  # columns in blocks
+    assert any(row.split() and row.split()[-1] == "13" for row in text)
+    # 200 resamples can't tell 78 comparisons apart: what could is said.
+    assert "--n-bootstrap 4000" in " ".join(text)
 
 
 @pytest.mark.parametrize(
