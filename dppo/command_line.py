@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from dppo.errors import UserError
+from dppo.terminal import harmless
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -27,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 def complain(message: str) -> int:
     """Print the one line and return the exit status of a user's error."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {harmless(message)}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 
 

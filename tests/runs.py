@@ -1,17 +1,21 @@
-"""Runs inside the test's process: the same pipeline as the command line's, without the seconds of start-up."""
+"""Runs inside the test's process, without the seconds of start-up; and run directories written by hand."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from dppo import config, pipeline
 from dppo.errors import Pruned
 from dppo.pipeline import Verdict
+from dppo.results import SCHEMA
 from tests.conftest import small
 
 
@@ -64,3 +68,55 @@ def run_pruned(root: Path, *overrides: str, verdict: Verdict = _goes_on) -> Fini
     with pytest.raises(Pruned):
         run_small(root, *overrides, verdict=verdict)
     return Finished(directory, ())
+
+
+def write_run(
+    path: Path,
+    *words: str,
+    seed: int,
+    rewards: Sequence[float] = (),
+    status: str = "complete",
+    settings: Mapping[str, Any] | None = None,
+    first_prompt: int = 0,
+    answers: Sequence[str] | None = None,
+) -> Path:
+    """A run directory whose SFT model has reward 0 for every prompt."""
+    path.mkdir(parents=True)
+    result: dict[str, Any] = {"schema": SCHEMA, "status": status}
+    if status == "complete":
+        result |= {
+            "n_prompts": len(rewards),
+            "reward": {"policy": {"value": float(np.mean(rewards))}},
+            "kl": {"nats_per_answer": 2.0 + seed},
+            "length": {"policy": {"tokens": 10.0}},
+        }
+    (path / "result.json").write_text(json.dumps(result))
+    (path / "config.yaml").write_text(
+        yaml.safe_dump({"seed": seed, "loss": list(words), "device": "cpu", **(settings or {})})
+    )
+    (path / "command.txt").write_text(" ".join(["python", "-m", "dppo", *words, f"seed={seed}", "cache.dir=x"]))
+    samples = [
+        {
+            "prompt_id": f"p{first_prompt + n}",
+            "prompt": f"question {n}",
+            "policy_answer": "word" if answers is None else answers[n],
+            "reference_answer": "none",
+            "policy_reward": reward,
+            "reference_reward": 0.0,
+        }
+        for n, reward in enumerate(rewards)
+    ]
+    (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    pairs = [
+        {
+            "example_id": f"e{n}",
+            "chosen": -2.0 + reward,
+            "rejected": -2.0,
+            "reference_chosen": -3.0,
+            "after_edit": None if n == 0 else -1.0 + reward,
+            "reference_after_edit": None if n == 0 else -1.5,
+        }
+        for n, reward in enumerate(rewards)
+    ]
+    (path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return path

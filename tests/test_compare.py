@@ -5,64 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from dppo import compare
 from dppo.errors import UserError
 from dppo.evaluation.comparison import Line, compare_runs, configurations
 from dppo.evaluation.runs import find_runs
 from dppo.evaluation.win_rates import holm, paired_difference
-from dppo.results import SCHEMA
 from tests.conftest import Run, small
-
-
-def write_run(
-    path: Path,
-    *words: str,
-    seed: int,
-    rewards: Sequence[float] = (),
-    status: str = "complete",
-    settings: Mapping[str, Any] | None = None,
-    first_prompt: int = 0,
-) -> Path:
-    """A run directory whose SFT model has reward 0 for every prompt."""
-    path.mkdir(parents=True)
-    result: dict[str, Any] = {"schema": SCHEMA, "status": status}
-    if status == "complete":
-        result |= {
-            "reward": {"policy": {"value": float(np.mean(rewards))}},
-            "kl": {"nats_per_answer": 2.0 + seed},
-            "length": {"policy": {"tokens": 10.0}},
-        }
-    (path / "result.json").write_text(json.dumps(result))
-    (path / "config.yaml").write_text(
-        yaml.safe_dump({"seed": seed, "loss": list(words), "device": "cpu", **(settings or {})})
-    )
-    (path / "command.txt").write_text(" ".join(["python", "-m", "dppo", *words, f"seed={seed}", "cache.dir=x"]))
-    samples = [
-        {"prompt_id": f"p{first_prompt + n}", "policy_reward": reward, "reference_reward": 0.0}
-        for n, reward in enumerate(rewards)
-    ]
-    (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    pairs = [
-        {
-            "example_id": f"e{n}",
-            "chosen": -2.0 + reward,
-            "rejected": -2.0,
-            "reference_chosen": -3.0,
-            "after_edit": None if n == 0 else -1.0 + reward,
-            "reference_after_edit": None if n == 0 else -1.5,
-        }
-        for n, reward in enumerate(rewards)
-    ]
-    (path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    return path
+from tests.runs import write_run
 
 
 @pytest.fixture
@@ -168,6 +122,7 @@ def test_the_command_on_real_runs(dppo: Run, tmp_path: Path) -> None:
         assert line["value"]["value"] == pytest.approx(sum(own) / 2)
     edits = subprocess.run([*command, "--metric", "after_edit"], cwd=tmp_path, capture_output=True, text=True)
     assert f"The SFT model: {results[0]['after_edit']['reference']['value']:.3f}." in edits.stdout
+    check_head_to_head(tmp_path / "sweep" / "0", tmp_path / "sweep" / "2", tmp_path / "two.json")
     for wrong in (["nowhere"], ["sweep", "--metric", "nope"], ["sweep", "--baseline", "nope"]):
         refused = subprocess.run(
             [sys.executable, "-m", "dppo.compare", *wrong], cwd=tmp_path, capture_output=True, text=True
@@ -177,9 +132,41 @@ def test_the_command_on_real_runs(dppo: Run, tmp_path: Path) -> None:
         assert refused.stderr.startswith("error: ")
 
 
+def check_head_to_head(first: Path, second: Path, out: Path) -> None:
+    """The page of two real runs: no colour where nobody looks, and the numbers that the runs told themselves."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dppo.compare", str(first), str(second), "--json", str(out)],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    found = json.loads(out.read_text())
+    by_name = {one["name"]: one for one in found["metrics"]}
+    rows = []
+    for side, path in (("first", first), ("second", second)):
+        own = {name: one[side] for name, one in by_name.items()}
+        result = json.loads((path / "result.json").read_text())
+        assert own["win rate against SFT"]["value"] == pytest.approx(result["win_rate"]["value"])
+        assert own["strict win rate"]["low"] == pytest.approx(result["win_rate"]["strict_ci_low"])
+        assert own["reward gain over SFT"]["value"] == pytest.approx(result["reward"]["delta"]["value"])
+        assert own["negative rewards"]["value"] == result["reward"]["negative_share"]["policy"]
+        assert own["answer characters"]["value"] == pytest.approx(result["length"]["policy"]["characters"])
+        assert own["held-out accuracy"]["value"] == pytest.approx(result["held_out"]["accuracy"])
+        assert own["log p behind edit"]["value"] == pytest.approx(result["after_edit"]["policy"]["value"])
+        assert own["ended by itself"]["n"] == 8
+        rows.append([json.loads(line)["policy_reward"] for line in (path / "samples.jsonl").read_text().splitlines()])
+    assert found["duel"]["wins"] == sum(own > other for own, other in zip(*rows, strict=True))
+    assert found["duel"]["ties"] == sum(own == other for own, other in zip(*rows, strict=True))
+    assert "loss" in [one["key"] for one in found["settings"]]
+
+
 def test_one_seed_is_said_to_say_little(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare.main([str(runs / "dpo-0"), str(runs / "unll-0"), "--n-bootstrap", "200"]) == 0
-    assert "One seed each" in capsys.readouterr().out
+    write_run(runs / "ipo-0", "loss=ipo", "train.steps=9", seed=0, rewards=[1, -1, 1, 0])
+    paths = [str(runs / name) for name in ("dpo-0", "unll-0", "ipo-0")]
+    for words in ([], ["--ranking"]):
+        assert compare.main([*paths, *words, "--n-bootstrap", "200"]) == 0
+        assert "One seed each" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("command", [["dppo.cache", "ls"], ["dppo.compare", "outputs"], ["dppo.methods"]])

@@ -199,7 +199,7 @@ def bradley_terry(rates: Array, *, n_prompts: int, anchor: int, start: Array | N
         ratings += step / np.maximum(1.0, apart)[:, None]
         if apart.max() < _CONVERGED:
             break
-    return ratings
+    return ratings.round(12) + 0.0  # no rounding error beside 0, and no -0
 
 
 @dataclass(frozen=True, eq=False)

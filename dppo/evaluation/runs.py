@@ -126,11 +126,18 @@ def rewards_in(directory: Path) -> dict[str, tuple[float, float]]:
 
 
 def sample_rows(run: Run) -> dict[str, dict[str, Any]]:
-    """The rows of samples.jsonl by prompt_id: ``prompt``, ``policy_answer``, ``reference_answer``, the rewards."""
+    """The rows of samples.jsonl by prompt_id: ``prompt``, ``policy_answer``, ``reference_answer``, the rewards.
+
+    Texts are as the models wrote them. Raises UserError if they can't be read.
+    """
     try:
-        return {str(row["prompt_id"]): row for row in _rows(run.path / "samples.jsonl")}
+        rows = _rows(run.path / "samples.jsonl")
+        for number, row in enumerate(rows, start=1):
+            if not all(isinstance(row.get(name), str) for name in ("prompt", "policy_answer", "reference_answer")):
+                raise _Damaged(f"samples.jsonl, line {number}: needs a prompt and two answers")
     except _Damaged as damage:
         raise UserError(f"{run.path}: {damage}; run it again") from None
+    return {str(row["prompt_id"]): row for row in rows}
 
 
 def _candidates(path: Path) -> Iterator[Path]:
