@@ -31,9 +31,10 @@ from dppo.evaluation.win_rates import (
 )
 
 # Settings that tell runs of one configuration apart, or have no influence on results.
-_NOT_COMPARED = ("seed", "cache", "device", "tracking", "objectives")
+_NOT_COMPARED = ("seed", "cache", "device", "tracking", "objectives", "report", "dry_run")
+_INTERIM = "interim"  # of evaluation: what is measured on the way changes no result
 # Beside them: what never changes a number, and root values that are shown where they are used (loss.alpha).
-_NOT_SHOWN = (*_NOT_COMPARED[1:], "hydra", "dry_run", "allowed_targets", "alpha", "beta", "zeta", "penalty")
+_NOT_SHOWN = (*_NOT_COMPARED[1:], "hydra", "allowed_targets", "alpha", "beta", "zeta", "penalty")
 METRICS = {
     "win_rate": "win rate against SFT, ties 1/2",
     "reward": "mean reward",
@@ -73,6 +74,8 @@ def configurations(runs: Sequence[Run]) -> list[Configuration]:
     groups: dict[str, Configuration] = {}
     for run in sorted(runs, key=lambda run: (run.path / "result.json").stat().st_mtime):
         compared = {key: value for key, value in run.settings.items() if key not in _NOT_COMPARED}
+        if isinstance(measured := compared.get("evaluation"), Mapping):
+            compared["evaluation"] = {name: value for name, value in measured.items() if name != _INTERIM}
         key = json.dumps(compared, sort_keys=True)
         groups.setdefault(key, Configuration({})).runs[run.seed] = run
     found = list(groups.values())
@@ -189,7 +192,8 @@ def _telling_words(run: Run) -> list[str]:
     def key(word: str) -> str:
         return word.lstrip("+").partition("=")[0].split(".")[0]
 
-    return [word for word in run.words if key(word) not in (*_NOT_COMPARED, "hydra")]
+    words = [word for word in run.words if key(word) not in (*_NOT_COMPARED, "hydra")]
+    return [word for word in words if not word.lstrip("+").startswith(f"evaluation.{_INTERIM}.")]
 
 
 def compare_runs(
