@@ -65,7 +65,7 @@ def panel(group: Group) -> Panel:
     lead = (
         "Mean log-prob of the tokens of held-out chosen answers, from the first token in which chosen and rejected "
         f"differ (distance 0) on, and its difference to {SFT} on the same tokens; {n_pairs} pairs at most (few "
-        f"answers are long), {number} seed{'s' if plural else ''}. Bands are 95 % intervals at each distance, bootstrap "
+        f"answers are long), {number} seed{'s' if plural else ''}. Bands are 95 % intervals at a distance, bootstrap "
         f"over pairs{' and seeds' if plural else ''}.{how_chosen(len(found), len(read))}"
     )
     return Panel(
