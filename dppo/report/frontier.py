@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dppo.evaluation.win_rates import Array, Interval, crossed_mean
+from dppo.report.choice import none_trained, trained
 from dppo.report.drawing import INK, MUTED, colour, grid, heading, legend, marker, new_figure, point, tip
-from dppo.report.evidence import SFT, Entry, Group, again, flattened, quoted, seed_of, shown
+from dppo.report.evidence import SFT, Entry, Group, again, flattened, phases, quoted, seed_of, shown
 from dppo.report.panel import Panel
 from dppo.report.table import Cell, Column, Table
 from dppo.search.plot_axes import is_number
@@ -41,11 +42,14 @@ class _Point:
 def panel(group: Group) -> Panel:
     """One point a configuration, and the frontier that none lies above and left of."""
     name, title = "frontier", "Reward against KL"
-    trained = [entry for entry in group.entries if not entry.is_sft and entry.measured]
-    points = [found for entry in trained if (found := _point(entry)) is not None]
+    entries = trained(group)
+    points = [found for entry in entries if (found := _point(entry)) is not None]
     if not points:
-        run = (trained or group.entries)[0].run
-        return Panel(name, title, missing="no run that was trained has a KL to the SFT model", command=again(run))
+        if not entries:
+            missing, command = none_trained(group)
+        else:
+            missing, command = "no run has a KL to the SFT model", again(entries[0].run)
+        return Panel(name, title, missing=missing, command=command)
     front = frontier([(one.kl.value, one.gain.value) for one in points])
     several = any(len(one.seeds) > 1 for one in points)
     lead = (
@@ -113,15 +117,16 @@ def _missing(points: Sequence[_Point]) -> tuple[str, str]:
     if len(points) > 1:
         return "", ""
     run = points[0].entry.run
-    loss = run.settings.get("loss") or {}
-    numbers = flattened(loss) if isinstance(loss, dict) else {}
-    for key in ("alpha", "beta"):
-        value = next((found for name, found in numbers.items() if name.rpartition(".")[2] == key), None)
-        if isinstance(value, (int, float)) and value:
-            words = [word for word in seed_of(run.words) if not word.startswith(f"{key}=")]
-            grid_of = ",".join(f"{value * factor:g}" for factor in (0.1, 1, 10))
-            why = f"one configuration is no frontier: other values of {key} would show what a nat of KL buys"
-            return why, f"python -m dppo {quoted([*words, f'{key}={grid_of}', 'seed=0,1,2'])} -m"
+    for phase, _, settings in reversed(phases(run.settings)):
+        for name, value in flattened(settings.get("loss") or {}).items():
+            key = name.rpartition(".")[2]
+            if key in ("alpha", "beta") and isinstance(value, (int, float)) and value:
+                if run.settings.get("phases"):
+                    key = f"phases.{phase}.loss.{name}"
+                words = [word for word in seed_of(run.words) if word.lstrip("+").partition("=")[0] != key]
+                values = ",".join(f"{value * factor:g}" for factor in (0.1, 1, 10))
+                why = f"one configuration is no frontier: other values of {key} would show what a nat of KL buys"
+                return why, f"python -m dppo {quoted([*words, f'{key}={values}', 'seed=0,1,2'])} -m"
     return "one configuration is no frontier", ""
 
 

@@ -124,6 +124,11 @@ def test_little_to_draw(tmp_path: Path) -> None:
     at_both_widths(made)
     assert made.missing.startswith("one configuration is no frontier")
     assert made.command == "python -m dppo alpha=0.02,0.2,2 seed=0,1,2 -m"
+    two = {"one": {"loss": DPO}, "two": {"loss": unll(0.5)}}
+    make_run(tmp_path / "two" / "a", "+experiment=x", loss=None, phases=two)
+    assert panel(group_of(tmp_path / "two")).command == (
+        "python -m dppo +experiment=x phases.two.loss.alpha=0.05,0.5,5 seed=0,1,2 -m"
+    )
     make_run(tmp_path / "none" / "a", "loss=none", loss=None)
     assert panel(group_of(tmp_path / "none")).draw is None
     nan = float("nan")
