@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dppo.evaluation.win_rates import Array
+if TYPE_CHECKING:
+    from dppo.evaluation.win_rates import Array
 
 FEWEST, MOST = 8, 40
 _LARGEST = 1e100  # what lies beyond overflows in the arithmetic of an axis

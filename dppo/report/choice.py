@@ -1,4 +1,4 @@
-"""Which few of many configurations a panel shows."""
+"""Which few of many configurations a panel shows, and what to run where there are none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from dppo.evaluation.win_rates import Array
-from dppo.report.evidence import Entry
+from dppo.report.evidence import Entry, Group, words_without
+from dppo.results import command_line
 
 
 def choose(features: Mapping[Entry, Array], baseline: Entry, most: int) -> list[Entry]:
@@ -31,6 +32,19 @@ def how_chosen(shown: int, of: int) -> str:
     if shown == of:
         return ""
     return f" {shown} of {of} configurations are shown: the best, the baseline and those that differ most."
+
+
+def trained(group: Group) -> list[Entry]:
+    """The entries that were trained on preferences and measured, the best first."""
+    return [entry for entry in group.entries if not entry.is_sft and entry.measured]
+
+
+def none_trained(group: Group) -> tuple[str, str]:
+    """Why ``trained`` has none, and what to run instead."""
+    command = command_line([*words_without(group.baseline.run.words, "loss", "alpha"), "loss=dpo"])
+    if all(entry.is_sft for entry in group.entries):
+        return "no run was trained on preferences", command
+    return "every run that was trained on preferences diverged", command
 
 
 def _distance(one: Array, other: Array) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ import numpy as np
 
 from dppo.evaluation.runs import Run
 from dppo.evaluation.win_rates import Interval, t_interval
-from dppo.report.choice import choose, how_chosen
+from dppo.report.choice import choose, how_chosen, none_trained, trained
 from dppo.report.drawing import DASHES, MARKERS, MUTED, WIDE, colour, grid, heading, legend, new_figure, tip
-from dppo.report.evidence import Entry, Group, again, phases, shown, words_without
+from dppo.report.evidence import Entry, Group, phases, shown, words_without
 from dppo.report.panel import Panel
 from dppo.report.rows import number_in, rows_of
 from dppo.report.table import Cell, Column, Table
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 ROLES = ("chosen", "rejected", "generated")
 _ACCURACY = "accuracy"
 _MOST = 4
+_MOST_MARKS = 12  # on one line
 _FEW = 4  # seeds of which a band shows the least and the greatest
 _Curve = dict[int, float]  # by step
 
@@ -50,9 +52,8 @@ class _Drift:
 def panel(group: Group) -> Panel:
     """Log-probs of held-out chosen, rejected and generated answers against training steps."""
     name, title = "drift", "Likelihood drift"
-    trained = [entry for entry in group.entries if not entry.is_sft and entry.measured]
-    found = {entry: one for entry in trained if (one := _drift(entry)) is not None}
-    missing, command = _missing(group, trained, found)
+    found = {entry: one for entry in trained(group) if (one := _drift(entry)) is not None}
+    missing, command = _missing(group, found)
     if not found:
         return Panel(name, title, missing=missing, command=command)
     features = {entry: np.array([one.last(role) for role in ROLES]) for entry, one in found.items()}
@@ -83,15 +84,15 @@ def _n_pairs(entry: Entry) -> str:
 
 def _bands(drifts: Sequence[_Drift]) -> str:
     seeds = sorted({one.n_seeds for one in drifts})
-    said = []
-    if 1 in seeds:
-        said.append("One seed has no band.")
+    if seeds == [1]:
+        return "Lines are single seeds, which have no band."
+    said = ["A single seed has no band."] if 1 in seeds else []
     if any(1 < n <= _FEW for n in seeds):
         said.append(f"Bands of 2 to {_FEW} seeds span their least and greatest.")
     if seeds[-1] > _FEW:
         said.append(f"Bands of more than {_FEW} seeds are 95 % t intervals of their mean.")
     number = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return f"Lines are means over {number} seed{'s' if seeds[-1] > 1 else ''}. {' '.join(said)}"
+    return f"Lines are means over {number} seeds. {' '.join(said)}"
 
 
 def _said(one: _Drift) -> str:
@@ -102,16 +103,17 @@ def _said(one: _Drift) -> str:
     return f"{one.entry.label}: {', '.join(ends)}"
 
 
-def _missing(group: Group, trained: Sequence[Entry], found: Mapping[Entry, _Drift]) -> tuple[str, str]:
-    if not trained:
-        return "no run that was trained on preferences ended well", again(group.baseline)
-    without = [entry for entry in trained if entry not in found]
+def _missing(group: Group, found: Mapping[Entry, _Drift]) -> tuple[str, str]:
+    entries = trained(group)
+    if not entries:
+        return none_trained(group)
+    without = [entry for entry in entries if entry not in found]
     if not without:
         return "", ""
-    if len(without) == len(trained):
+    if len(without) == len(entries):
         why = "no run logged likelihoods of held-out answers during training"
     else:
-        why = f"{len(without)} of {len(trained)} configurations logged no likelihoods of held-out answers"
+        why = f"{len(without)} of {len(entries)} configurations logged no likelihoods of held-out answers"
     run = without[0].run
     words = words_without(run.words, "seed")
     for name, _, phase in phases(run.settings):
@@ -263,7 +265,9 @@ def _line(axes: Axes, one: _Drift, name: str, look: int) -> None:
     axes.plot(
         steps, [curve[step].value for step in steps], color=shade, linestyle=DASHES[look], linewidth=1.3, zorder=3
     )
-    for step, value in curve.items():
+    # A mark for every step would be a band of marks.
+    for step in {*steps[:: math.ceil(len(steps) / _MOST_MARKS)], steps[-1]}:
+        value = curve[step]
         (dot,) = axes.plot(
             [step], [value.value], marker=MARKERS[look], markersize=4.5, color=shade, markeredgecolor="white",
             markeredgewidth=0.5, zorder=4,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dppo.evaluation.win_rates import Array, Interval, crossed_mean
-from dppo.report.choice import choose, how_chosen
+from dppo.report.choice import choose, how_chosen, none_trained, trained
 from dppo.report.drawing import MUTED, colour, dashes, grid, legend, marker, new_figure, tip
-from dppo.report.evidence import SFT, Entry, Group, again, shown, words_without
+from dppo.report.evidence import SFT, Entry, Group, shown, words_without
 from dppo.report.panel import Panel
 from dppo.report.rows import rows_of
 from dppo.report.table import Cell, Column, Table
@@ -48,9 +48,8 @@ class _Behind:
 def panel(group: Group) -> Panel:
     """Mean token log-prob of held-out chosen answers against the distance from the first edit."""
     name, title = "edits", "Behind the first edit"
-    trained = [entry for entry in group.entries if not entry.is_sft and entry.measured]
-    read = {entry: tokens for entry in trained if (tokens := _read(entry))}
-    missing, command = _missing(group, trained, read)
+    read = {entry: tokens for entry in trained(group) if (tokens := _read(entry))}
+    missing, command = _missing(group, read)
     if not read:
         return Panel(name, title, missing=missing, command=command)
     last = max(max(tokens) for tokens in read.values())
@@ -66,8 +65,8 @@ def panel(group: Group) -> Panel:
     lead = (
         "Mean log-prob of the tokens of held-out chosen answers, from the first token in which chosen and rejected "
         f"differ (distance 0) on, and its difference to {SFT} on the same tokens; {n_pairs} pairs at most (few "
-        f"answers are long), {number} seed{'s' if plural else ''}. Bands are 95 % intervals at each distance: "
-        f"bootstrap over pairs{' and seeds' if plural else ''}.{how_chosen(len(found), len(read))}"
+        f"answers are long), {number} seed{'s' if plural else ''}. Bands are 95 % intervals at a distance, bootstrap "
+        f"over pairs{' and seeds' if plural else ''}.{how_chosen(len(found), len(read))}"
     )
     return Panel(
         name,
@@ -90,13 +89,14 @@ def _said(one: _Behind) -> str:
     return ", ".join(parts)
 
 
-def _missing(group: Group, trained: Sequence[Entry], read: Mapping[Entry, _Tokens]) -> tuple[str, str]:
-    if not trained:
-        return "no run that was trained on preferences ended well", again(group.baseline)
-    without = [entry for entry in trained if entry not in read]
+def _missing(group: Group, read: Mapping[Entry, _Tokens]) -> tuple[str, str]:
+    entries = trained(group)
+    if not entries:
+        return none_trained(group)
+    without = [entry for entry in entries if entry not in read]
     if not without:
         return "", ""
-    several = f"{len(without)} of {len(trained)} configurations have" if read else "no run has"
+    several = f"{len(without)} of {len(entries)} configurations have" if read else "no run has"
     run = without[0].run
     words = words_without(run.words, "seed")
     if (run.settings.get("evaluation") or {}).get("n_pairs") == 0:

@@ -36,7 +36,7 @@ def at_both_widths(panel: Panel) -> tuple[Figure, Figure]:
 def check_words(figure: Figure) -> None:
     """No text crosses the figure's edge, and none lies on another."""
     edge = figure.bbox
-    boxes = {text: text.get_window_extent() for text in _words(figure)}
+    boxes = {text: Text.get_window_extent(text) for text in _words(figure)}  # of notes without their leaders
     assert boxes
     for text, box in boxes.items():
         inside = box.x0 >= edge.x0 - 1 and box.x1 <= edge.x1 + 1 and box.y0 >= edge.y0 - 1 and box.y1 <= edge.y1 + 1

@@ -72,7 +72,7 @@ def test_a_seed_less_changes_the_band_and_one_seed_has_none(tmp_path: Path) -> N
     made = panel(group_of(tmp_path / "one"))
     axes = drawn(made).axes[0]
     assert not bands(axes)
-    assert "One seed has no band" in made.lead
+    assert "single seeds, which have no band" in made.lead
 
 
 def test_more_than_four_seeds_have_a_t_interval(tmp_path: Path) -> None:
@@ -133,8 +133,21 @@ def test_without_any_log_nothing_is_drawn_but_said(tmp_path: Path) -> None:
     made = panel(group_of(tmp_path / "a"))
     assert made.draw is None and "held-out" in made.missing
     assert made.command == "python -m dppo loss=dpo train.evaluate_every=10 seed=3"
-    make_run(tmp_path / "b" / "a", "loss=none", loss=None)
-    assert panel(group_of(tmp_path / "b")).draw is None
+    make_run(tmp_path / "b" / "a", "loss=none", "train.steps=5", loss=None)
+    made = panel(group_of(tmp_path / "b"))
+    assert (made.draw, made.missing) == (None, "no run was trained on preferences")
+    assert made.command == "python -m dppo train.steps=5 seed=0 loss=dpo"
+
+
+def test_long_runs_have_few_marks_and_all_steps(tmp_path: Path) -> None:
+    make_run(
+        tmp_path / "a", "loss=dpo", metrics=[eval_row(0), *(eval_row(step, -step, -1, -1) for step in range(1, 301))]
+    )
+    made = panel(group_of(tmp_path))
+    axes = drawn(made).axes[0]
+    assert [len(curve) for curve in curves(axes)] == [301, 301, 301]
+    marks = {points_of(line)[0] for line in axes.lines if len(points_of(line)) == 1}
+    assert {(0, 0), (300, -300)} <= marks and len(marks) < 45
 
 
 def test_the_best_the_baseline_and_the_most_different_are_shown(tmp_path: Path) -> None:

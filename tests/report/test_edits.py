@@ -81,12 +81,11 @@ def test_a_seed_less_changes_the_band(tmp_path: Path) -> None:
 
 
 def test_the_same_pairs_count_for_all_seeds(tmp_path: Path) -> None:
-    """The second seed's file is torn behind its first row."""
+    """The second seed was measured on fewer pairs."""
     for seed in (0, 1):
         make_run(tmp_path / f"r{seed}", "loss=dpo", seed=seed, pairs=pairs(seed))
     path = tmp_path / "r1" / "pairs.jsonl"
-    first, second, _ = path.read_text().splitlines()
-    path.write_text(f"{first}\n{second[:60]}")
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
     made = panel(group_of(tmp_path))
     assert [row[3] for row in made.tables[0].rows] == [1, 1, 1]
     assert all(np.isnan(one.low) for one in column(made.tables[0], 4))  # no width from a single pair
@@ -115,7 +114,7 @@ def test_without_pairs_it_says_what_is_missing(tmp_path: Path) -> None:
     assert made.command == "python -m dppo loss=dpo evaluation.n_pairs=256 seed=2"
     make_run(tmp_path / "b", "loss=unll", loss=unll(0.1), pairs=pairs(0), settings=none)
     make_run(tmp_path / "d", "alpha=8", loss=unll(8.0), status="diverged", settings=none)
-    (tmp_path / "a" / "pairs.jsonl").unlink()
+    (tmp_path / "a" / "pairs.jsonl").write_text("")
     made = panel(group_of(tmp_path))
     assert made.draw is not None and made.missing.startswith("1 of 2 configurations have")
     at_both_widths(made)
