@@ -66,7 +66,9 @@ def test_imports_point_one_way(path: Path) -> None:
 CHEAP = [
     "config",
     "command_line",
+    "dotted",
     "errors",
+    "terminal",
     "progress",
     "tracking",
     "tracking.weights_and_biases",

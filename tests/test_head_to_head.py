@@ -197,6 +197,26 @@ def test_the_page_keeps_to_the_width_and_harmful_answers_to_their_place(
         assert not any(unicodedata.category(sign) in ("Cc", "Cf", "Zl", "Zp") for sign in row), row
 
 
+def test_names_are_as_harmless_as_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels come from command.txt, paths from the disk: both may be somebody else's."""
+    first, _ = pair(tmp_path)
+    odd = write_run(tmp_path / "c\x1b[2J", "loss=ipo", seed=0, rewards=[0, 1, 1, 0], settings={"loss": "x\x1b[0m"})
+    (odd / "command.txt").write_text("python -m dppo 'loss=\x1b[31mipo' seed=0")
+    for words in ([str(tmp_path)], [str(tmp_path), "--ranking"], [str(first), str(odd)]):
+        text = shown(capsys, *words)
+        assert "loss=␛[31mipo" in text and "\x1b" not in text
+    (odd / "result.json").write_text("{")
+    assert "c␛[2J: result.json is not JSON" in shown(capsys, str(tmp_path))
+    assert compare.main([str(odd)]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_one_configuration_is_ranked_against_sft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a", "loss=dpo", seed=0, rewards=[1, 1, 1, -1])
+    text = shown(capsys, str(tmp_path), "--ranking")
+    assert "1 loss=dpo" in text and "75.0" in text and "over 1 comparison." in text
+
+
 def test_numbers_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = pair(tmp_path)
     shown(capsys, *map(str, paths), "--json", str(tmp_path / "two.json"))
