@@ -32,6 +32,7 @@ from dppo.evaluation.win_rates import (
 
 # Settings that tell runs of one configuration apart, or have no influence on results.
 _NOT_COMPARED = ("seed", "cache", "device", "tracking", "objectives", "report", "dry_run")
+_PRESETS = ("experiment", "sweep")
 _INTERIM = "interim"  # of evaluation: what is measured on the way changes no result
 # Beside them: what never changes a number, and root values that are shown where they are used (loss.alpha).
 _NOT_SHOWN = (*_NOT_COMPARED[1:], "hydra", "allowed_targets", "alpha", "beta", "zeta", "penalty")
@@ -81,8 +82,13 @@ def configurations(runs: Sequence[Run]) -> list[Configuration]:
     found = list(groups.values())
     words = [_telling_words(next(iter(group.runs.values()))) for group in found]
     shared = set.intersection(*map(set, words)) if len(found) > 1 else set()
-    for group, own in zip(found, words, strict=True):
-        group.label = " ".join(word for word in own if word not in shared) or "defaults"
+    telling = [[word for word in own if word not in shared] for own in words]
+    # The name of a preset is long, and says nothing where the other words tell the configurations apart.
+    short = [[word for word in own if word.lstrip("+").partition("=")[0] not in _PRESETS] for own in telling]
+    if all(short) and len(set(map(tuple, short))) == len(short):
+        telling = short
+    for group, own in zip(found, telling, strict=True):
+        group.label = " ".join(own) or "defaults"
     return found
 
 
