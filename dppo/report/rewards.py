@@ -78,9 +78,10 @@ def _shown(group: Group) -> list[Entry]:
 
 
 def _named(group: Group, pairs: Sequence[_Pair]) -> str:
-    roles = [f"the baseline {pair.entry.label}" for pair in pairs if pair.entry is group.baseline]
-    best = [f"the best, {pair.entry.label}" for pair in pairs if pair.entry is not group.baseline]
-    return " and ".join([*best, *roles])
+    best, *others = [pair.entry.label for pair in pairs]
+    if others:
+        return f"the best, {best}, and the baseline, {others[0]}"
+    return f"{best}, the best and the baseline" if pairs[0].entry is group.baseline else f"the best, {best}"
 
 
 def _pair(entry: Entry) -> _Pair | None:

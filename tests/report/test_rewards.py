@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle, StepPatch
 
 from dppo.evaluation.histogram import FEWEST, MOST, shared_bins, shares
-from dppo.evaluation.win_rates import wilson
+from dppo.evaluation.win_rates import crossed_rate, wilson
 from dppo.report.evidence import Group
 from dppo.report.rewards import panel
 from tests.report.figures import at_both_widths, drawn, points_of, tips
@@ -112,6 +112,9 @@ def test_means_and_negative_shares(tmp_path: Path) -> None:
     made = panel(group)
     best, baseline, sft = made.tables[0].rows
     assert (best[0], baseline[0], sft[0]) == ("loss=unll", "loss=dpo", "SFT")
+    below = np.array([[0, 0, 0, 1], [0, 0, 1, 0]], dtype=float)  # UnLL's, over both seeds
+    assert best[6] == crossed_rate(below, n_bootstrap=2000, seed=0)
+    assert "below 0: 25.0 %" in drawn(made).axes[0].get_title(loc="left")
     mean, negative = best[3], sft[6]
     assert getattr(mean, "value", None) == pytest.approx(np.mean([GOOD, [2, 1, -1, 1]]))
     assert (negative.value, negative.low, negative.high) == pytest.approx((0.5, *wilson(2, 4)))  # type: ignore[union-attr]
