@@ -22,7 +22,8 @@ def test_an_installed_wheel_runs_the_main_job_from_another_folder(tmp_path: Path
     for folder, target in (("conf", "dppo/conf"), ("sweeps", "dppo/sweeps")):
         for path in (ROOT / folder).rglob("*.yaml"):
             assert f"{target}/{path.relative_to(ROOT / folder).as_posix()}" in names
-    assert {"dppo/py.typed", "hydra_plugins/dppo_sweeper.py"} <= names
+    assert {"dppo/py.typed", "hydra_plugins/dppo_sweeper.py", "hydra_plugins/dppo_report.py"} <= names
+    assert {f"dppo/report/templates/page.{kind}" for kind in ("html.j2", "css", "js")} <= names
     assert "hydra_plugins/__init__.py" not in names, "other packages have plugins in this namespace"
     assert not any(name.startswith(("tests/", "benchmarks/", "outputs/")) for name in names)
     # An environment of its own that sees the installed packages but not the checkout.

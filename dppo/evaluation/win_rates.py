@@ -156,7 +156,7 @@ def _crossed_bootstrap(values: Array, n_bootstrap: int, seed: int) -> Array:
     small = n_prompts * n_bootstrap <= _MOST_KEPT
     for drawn, seeds in (_kept_resamples if small else _resamples)(n_seeds, n_prompts, n_bootstrap, seed):
         # Sums before the division: those of outcomes are exact, so that a difference of 0 is 0 and not rounding noise.
-        per_seed = values @ drawn.T.astype(np.float64)
+        per_seed = (drawn.astype(np.float64) @ values.T).T  # this way round it takes a third of the time
         own = slice(start, start + len(drawn))
         means[own] = np.take_along_axis(per_seed, seeds, axis=0).sum(axis=0) / (n_seeds * n_prompts)
         start += len(drawn)

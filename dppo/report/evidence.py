@@ -199,7 +199,18 @@ def gather(
                 left.append(LeftOut(run.path, "diverged, and no other run was measured in the same way", "diverged"))
             else:
                 by_prompts[home].append(run)
-    groups = [_group(found, metric, baseline, n_bootstrap) for found in by_prompts.values()]
+    groups = []
+    refused = None
+    for found in by_prompts.values():
+        told = [run for run in found if metric == "win_rate" or not run.diverged]
+        left += [LeftOut(run.path, f"diverged: it has no {metric}", "diverged") for run in found if run not in told]
+        try:
+            groups.append(_group(told, metric, baseline, n_bootstrap))
+        except UserError as error:
+            refused = error
+            left += [LeftOut(run.path, str(error), run.status) for run in told]
+    if refused is not None and not groups:
+        raise refused
     if baseline is not None and not any(_is_called(group.baseline.label, baseline) for group in groups):
         labels = "; ".join(entry.label for group in groups for entry in group.entries)
         raise UserError(f"--baseline {baseline}: is none of: {labels}")

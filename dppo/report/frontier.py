@@ -263,6 +263,7 @@ def _name(
 
     def settle() -> None:
         """Let the figure grow by its legend: the panel keeps its size."""
+        figure.set_figheight(3 * base)  # room for any legend, to measure this one
         figure.draw_without_rendering()
         figure.set_figheight(base + figure.legends[-1].get_window_extent().height / figure.dpi)
         figure.draw_without_rendering()
