@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SEARCH = ["-m", "+sweep=alpha", "hydra.sweeper.baselines=[]", "hydra.sweeper.test_seeds=0"]
+SEARCH = ["-m", "+sweep=alpha", "hydra.sweeper.baselines=[]", "hydra.sweeper.test_seeds=0", "report=false"]
 
 
 def timed(folder: Path, *words: str) -> float:
