@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", "#ffffff": "var(--surface)"}
+_DARK_GREY = "#595959"  # of the figures that a search draws
+_THEME = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    _DARK_GREY: "var(--muted)",
+    GRID: "var(--grid)",
+    "#ffffff": "var(--surface)",
+}
 _DRAWN = {
     f"{{{_SVG}}}{name}"
     for name in (
