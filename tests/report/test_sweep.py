@@ -6,6 +6,8 @@ Made by ``python -m dppo -m loss=unll penalty=quadratic,linear alpha=0,0.001,0.0
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import tarfile
 from pathlib import Path
@@ -16,10 +18,11 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from dppo import config
 from dppo.evaluation.win_rates import Interval, crossed_rate
 from dppo.report import drift, edits, efficiency, frontier, hyperparameters, paradigms, ranking, rewards
 from dppo.report.drawing import NARROW, WIDE, new_figure
-from dppo.report.evidence import Group
+from dppo.report.evidence import Group, again
 from tests.report.figures import bands, check_words, drawn, points_of
 from tests.report.made_runs import gathered, make_run, unll
 
@@ -137,8 +140,8 @@ def test_paradigms_are_the_best_of_each_family_beside_sft(group: Group) -> None:
     panel = paradigms.panel(group)
     bars = [one for one in drawn(panel).axes[0].patches if isinstance(one, Rectangle) and one.get_width() > 0]
     best: dict[str, float] = {}
-    for entry in group.entries:
-        best[entry.method] = max(best.get(entry.method, 0.0), entry.value.value)
+    for one in group.entries:
+        best[one.method] = max(best.get(one.method, 0.0), one.value.value)
     assert set(best) == {"UnLL quadratic", "UnLL linear", "DPO"}, "alpha=0 is DPO"
     assert sorted(bar.get_width() for bar in bars) == pytest.approx(sorted([*best.values(), 0.5]))
     assert "flatters families with many" in panel.lead
@@ -241,3 +244,28 @@ def test_one_run_has_nothing_to_search_and_says_so(tmp_path: Path) -> None:
         assert panel.draw is None and panel.missing and panel.command.startswith("python -m dppo")
     assert paradigms.panel(group).draw is not None
     assert new_figure(WIDE, 1).get_figwidth() == WIDE
+
+
+# --- what a report tells to run --------------------------------------------------------------------------------------
+
+
+def test_every_command_that_a_report_names_is_accepted(sweep: Path, group: Group, tmp_path: Path) -> None:
+    """Commands that fill what is missing, and those that make a row again, at the typed door of the command line."""
+    for n, alpha in enumerate((0.01, 0.1, 1.0)):
+        words = ("+sweep=alpha", f"alpha={alpha}")
+        policy = (1.0, float(n), -1.0)
+        make_run(tmp_path / "study" / str(n), *words, loss=unll(alpha), settings={"alpha": alpha}, policy=policy)
+    (of_study,) = gathered(tmp_path / "study").groups
+    told = [hyperparameters.panel(of_study).command, again(of_study.best)]
+    told += [part.panel(group).command for part in (hyperparameters, paradigms, efficiency)]
+    told += [again(group.best), again(group.baseline)]
+    commands = list(dict.fromkeys(command for command in told if command))
+    assert len(commands) >= 6
+    assert any("hydra.sweeper.study_name=alpha_beyond" in command for command in commands)
+    for command in commands:
+        program, dash, module, *words = shlex.split(command)
+        assert (program, dash, module) == ("python", "-m", "dppo")
+        job = [word for word in words if not word.startswith(("-", "hydra."))]
+        # The first of several values; a range by one of its ends.
+        job = [re.sub(r"=.*interval\((.*),.*", r"=\1", word).partition(",")[0] for word in job]
+        config.load(config.compose(job), job)
