@@ -252,9 +252,9 @@ def test_one_run_has_nothing_to_search_and_says_so(tmp_path: Path) -> None:
 def test_every_command_that_a_report_names_is_accepted(sweep: Path, group: Group, tmp_path: Path) -> None:
     """Commands that fill what is missing, and those that make a row again, at the typed door of the command line."""
     for n, alpha in enumerate((0.01, 0.1, 1.0)):
-        words = ("+sweep=alpha", f"alpha={alpha}")
-        policy = (1.0, float(n), -1.0)
-        make_run(tmp_path / "study" / str(n), *words, loss=unll(alpha), settings={"alpha": alpha}, policy=policy)
+        trial = ("+sweep=alpha", f"alpha={alpha}")
+        policy = [1.0] * (n + 1) + [-1.0] * (2 - n)
+        make_run(tmp_path / "study" / str(n), *trial, loss=unll(alpha), settings={"alpha": alpha}, policy=policy)
     (of_study,) = gathered(tmp_path / "study").groups
     told = [hyperparameters.panel(of_study).command, again(of_study.best)]
     told += [part.panel(group).command for part in (hyperparameters, paradigms, efficiency)]
