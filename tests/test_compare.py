@@ -42,6 +42,13 @@ def test_seeds_are_grouped_and_shared_words_are_left_out(runs: Path) -> None:
     assert dpo.difference is None
 
 
+def test_a_preset_is_named_only_where_nothing_else_tells(runs: Path) -> None:
+    for name, words in (("x", ["experiment=one", "loss=ipo"]), ("y", ["experiment=two"])):
+        write_run(runs / name, *words, "train.steps=9", seed=0, rewards=[1, 1, -1, 0])
+    labels = [one.label for one in configurations(find_runs([runs]))]
+    assert sorted(labels) == ["experiment=two", "loss=dpo", "loss=ipo", "loss=unll alpha=0.1"]
+
+
 def test_values_and_paired_differences_by_hand(runs: Path) -> None:
     """dpo: (1 + 1 + 0 + 1/2) / 4 in both seeds. unll: 1.5/4, 0.5/4, and a diverged run that lost everywhere: 2/12."""
     dpo, unll = compared(runs)

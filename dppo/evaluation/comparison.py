@@ -85,10 +85,8 @@ def configurations(runs: Sequence[Run]) -> list[Configuration]:
     telling = [[word for word in own if word not in shared] for own in words]
     # The name of a preset is long, and says nothing where the other words tell the configurations apart.
     short = [[word for word in own if word.lstrip("+").partition("=")[0] not in _PRESETS] for own in telling]
-    if all(short) and len(set(map(tuple, short))) == len(short):
-        telling = short
-    for group, own in zip(found, telling, strict=True):
-        group.label = " ".join(own) or "defaults"
+    for group, own, less in zip(found, telling, short, strict=True):
+        group.label = " ".join(less if less and short.count(less) == 1 else own) or "defaults"
     return found
 
 
