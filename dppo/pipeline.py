@@ -539,13 +539,14 @@ def _run_info(
     methods = [loss.partition("(")[0] for loss in losses]
     decides = {key: value for key, value in resolved.items() if key not in _NO_INFLUENCE}
     telling = [word for word in overrides if re.split(r"[./@]", key_of(word))[0] not in _NOT_IN_NAME]
-    ends = f"seed={experiment.seed}"
-    name = " ".join(filter(None, [place.label, " > ".join(losses), *telling]))
-    if len(name) + len(ends) >= _LONGEST_NAME:
-        name = name[: _LONGEST_NAME - len(ends) - 2] + "…"
+    configuration = " ".join([" > ".join(losses), *telling])
+    name = [*filter(None, [place.label]), " > ".join(losses), *telling, f"seed={experiment.seed}"]
+    # What varies in a multirun or search is typed or added last.
+    while telling and len(" ".join(name)) > _LONGEST_NAME:
+        name.remove(telling.pop(0))
     return RunInfo(
         id=content_hash([str(directory.resolve()), json.dumps(decides, sort_keys=True)])[:16],
-        name=f"{name} {ends}",
+        name=" ".join(name),
         group=place.group,
         job_type=place.job_type,
         tags=tuple(sorted({*methods, *place.presets})),
@@ -553,6 +554,7 @@ def _run_info(
         config={
             **resolved,
             "method": " > ".join(methods),
+            "configuration": configuration,
             "choices": dict(place.choices),
             "overrides": list(overrides),
             "dppo": __version__,

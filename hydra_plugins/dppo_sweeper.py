@@ -72,7 +72,7 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Search; ``arguments`` are the words of the command line, of which some are fixed and some searched."""
         from dppo.errors import Resumable, UserError
-        from dppo.search import report, workers
+        from dppo.search import report, summary, workers
         from dppo.search.pruners import pruner_from
         from dppo.search.runner import Runner, say
         from dppo.search.study import WORKER, open_study, reach
@@ -105,6 +105,8 @@ class OptunaSweeper(Sweeper):
             workers.end_with_parent()
             runner.work()
             return
+        tracking = OmegaConf.to_container(self._compose(fixed).tracking, resolve=True)
+        summary.write_record(study, experiment.objectives, tracking)
         for line in [*note, *scale, *_header(study, sampler)]:
             say(line)
         try:
@@ -119,8 +121,10 @@ class OptunaSweeper(Sweeper):
             said = f"{stop}; " if str(stop) else ""
             raise Resumable(f"{said}the same command with hydra.sweeper.resume=true") from None
         finally:
-            for line in report.write(study, experiment.objectives):
+            written = report.write(study, experiment.objectives)
+            for line in written.lines:
                 say(line)
+            experiment.tracking.study(summary.study_info(study, written))
 
     def _work(self, runner: Any) -> None:
         """Run what is left of the study, in this process or in workers."""

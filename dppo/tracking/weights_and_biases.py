@@ -1,4 +1,4 @@
-"""Weights & Biases. Besides ``dppo.tracking.workspace`` and ``uploads`` the only module that imports wandb."""
+"""Weights & Biases. Only here, in ``uploads`` and in ``workspace`` is wandb imported."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dppo.artifacts.files import write_atomic
-from dppo.artifacts.locks import try_hold
+from dppo.artifacts.locks import hold, try_hold
 from dppo.config import require
 from dppo.tracking import STEP, RunInfo, StageInfo, Status, StudyInfo, Table, Tracker
 from dppo.tracking.guard import guarded, start
@@ -79,6 +81,11 @@ class WeightsAndBiases:
         guarded("tracking=wandb", f"study {study.name} has no summary there", lambda: self._study(study))
 
     def _study(self, study: StudyInfo) -> None:
+        # Several sweepers may end one study at the same time.
+        with hold(study.directory / ".tracking.lock", f"the summary of study {study.name}"):
+            self._summarise(study)
+
+    def _summarise(self, study: StudyInfo) -> None:
         session = self._open(
             study.directory,
             id=study.id,
@@ -101,8 +108,6 @@ class WeightsAndBiases:
         # W&B's reports about itself go over the network offline as well, and a server that never answers holds up
         # the end of a run.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb  # noqa: TID251 - this is the one place
-
         directory = directory.resolve()
         directory.mkdir(parents=True, exist_ok=True)
         # Everything W&B writes stays in the run directory.
@@ -112,6 +117,16 @@ class WeightsAndBiases:
             ("WANDB_DATA_DIR", "data"),
         ):
             os.environ.setdefault(variable, str(directory / "wandb" / folder))
+        with ExitStack() as stack:
+            if not stack.enter_context(try_hold(lock_of(directory / "wandb", id))):
+                raise RuntimeError(f"another process writes the run {id} in {directory}")
+            session = self._begin(directory, id, mode, told)
+            session.held = stack.pop_all()
+        return session
+
+    def _begin(self, directory: Path, id: str, mode: Mode | None, told: dict[str, Any]) -> _Session:
+        import wandb  # noqa: TID251 - this is the one place
+
         before = set((directory / "wandb").glob(f"*run-*-{id}"))
         told["name"] = told["name"][:_LONGEST_NAME]
         told["tags"] = [tag[:_LONGEST_TAG] for tag in told["tags"]]
@@ -201,6 +216,16 @@ class WeightsAndBiases:
         write_atomic(place / "logged.json", json.dumps({"id": stage.id, "mode": mode, "url": session.url}).encode())
 
 
+def plottable(name: str) -> str:
+    """A final scalar under the only kind of name that W&B promises to sort, filter and plot by."""
+    return re.sub(r"\W", "_", name)
+
+
+def lock_of(place: Path, id: str) -> Path:
+    """What the process that writes a session of the run ``id`` holds; ``place`` is the wandb folder it lies in."""
+    return place / f".{id}.lock"
+
+
 def _is_logged(place: Path, mode: Mode) -> bool:
     """Whether a stage was logged for this project; online also: uploaded."""
     try:
@@ -241,6 +266,7 @@ class _Session:
     closing_seconds: float
     pending: dict[str, float | int] = field(default_factory=dict)
     sent: float = -math.inf  # the last step that the server has from an earlier session
+    held: ExitStack = field(default_factory=ExitStack)  # the lock that says that this session is being written
 
     def by_step(self) -> None:
         """Plot everything but the final scalars against optimiser steps; go on behind what an earlier session sent."""
@@ -267,7 +293,8 @@ class _Session:
 
     def table(self, name: str, table: Table) -> None:
         self.flush()
-        self.run.log({name: self.wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])})
+        rows = [list(row) for row in table.rows]
+        self.run.log({name: self.wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)})
 
     def histograms(self, edges: Sequence[float], counts: Mapping[str, Sequence[int]]) -> None:
         self.flush()
@@ -285,13 +312,15 @@ class _Session:
             self.flush()
             for name, value in final.items():
                 self.run.summary[f"{_FINAL}/{name}"] = value
+                self.run.summary[plottable(name)] = value
             self.run.summary["status"] = status
             if status not in ("complete", "failed"):
                 self.run.tags = (*(self.run.tags or ()), status)
             self.run.finish(exit_code=_EXIT_CODES.get(status, 0))
 
         # W&B bounds the upload itself; a service that is gone would be waited for without an end.
-        _bounded(finish, self.closing_seconds + 10)
+        with self.held:
+            bounded(finish, self.closing_seconds + 10)
         if status in ("complete", "diverged", "pruned"):
             # This session holds the run from its first row: an earlier one of the same run has nothing more.
             for path in self.older:
@@ -299,7 +328,7 @@ class _Session:
                     shutil.rmtree(path, ignore_errors=True)
 
 
-def _bounded(call: Callable[[], None], seconds: float) -> None:
+def bounded(call: Callable[[], None], seconds: float) -> None:
     """Make a call in a thread that is not waited for longer; raises what it raised, or TimeoutError."""
     raised: list[BaseException] = []
 
@@ -339,7 +368,7 @@ class _Run:
         )
 
         def log() -> None:
-            self._places[stage.title] = self._settings.log_stage(stage, session.mode)
+            self._places[stage.title] = self._settings.log_stage(stage, session.mode).resolve()
 
         if not guarded("tracking=wandb", f"{stage.title} is not logged by this run", log):
             return
