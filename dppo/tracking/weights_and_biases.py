@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +108,8 @@ class WeightsAndBiases:
         # W&B's reports about itself go over the network offline as well, and a server that never answers holds up
         # the end of a run.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # What fails is said in one line, not in W&B's tracebacks.
+        logging.getLogger("wandb").propagate = False
         directory = directory.resolve()
         directory.mkdir(parents=True, exist_ok=True)
         # Everything W&B writes stays in the run directory.
@@ -173,6 +175,9 @@ class WeightsAndBiases:
                 shutil.rmtree(leftover, ignore_errors=True)
             wanted = "offline"
             opened = init("offline")
+        except Exception:
+            _give_up(wandb)
+            raise
         seconds = self.finish_timeout_seconds if wanted == "online" else _CLOSING
         older = [path for path in before if path.name.startswith("offline-")]
         return _Session(opened, wandb, wanted, directory, older, seconds)
@@ -320,12 +325,22 @@ class _Session:
 
         # W&B bounds the upload itself; a service that is gone would be waited for without an end.
         with self.held:
-            bounded(finish, self.closing_seconds + 10)
+            try:
+                bounded(finish, self.closing_seconds + 10)
+            except Exception:
+                _give_up(self.wandb)
+                raise
         if status in ("complete", "diverged", "pruned"):
             # This session holds the run from its first row: an earlier one of the same run has nothing more.
             for path in self.older:
                 if not any(path.glob("*.wandb.synced")):
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def _give_up(wandb: Any) -> None:
+    """Leave a service that fails, so that later runs get a new one, and the end of the process does not wait for it."""
+    with suppress(Exception):
+        bounded(wandb.teardown, _CLOSING)
 
 
 def bounded(call: Callable[[], None], seconds: float) -> None:

@@ -92,7 +92,7 @@ def build(compared: Compared) -> Workspace:
         )
         for name in _CURVES
     ]
-    return ws.Workspace(
+    made: Workspace = ws.Workspace(
         entity=compared.entity or "",
         project=compared.project,
         name=f"dppo: {compared.study}",
@@ -119,6 +119,7 @@ def build(compared: Compared) -> Workspace:
             baseline_run=compared.baseline,
         ),
     )
+    return made
 
 
 def specification(workspace: Workspace) -> dict[str, Any]:
@@ -127,13 +128,13 @@ def specification(workspace: Workspace) -> dict[str, Any]:
     return found
 
 
-def save(workspace: Workspace) -> str:
+def save(workspace: Any) -> str:
     """Store the workspace at W&B and return its address. Raises UserError, which says why, if that fails."""
     import wandb  # noqa: TID251 - this is the one place
 
     try:
         workspace.entity = workspace.entity or str(wandb.Api(timeout=20).default_entity)
-        bounded(lambda: workspace.save(), _SAVING)
+        bounded(workspace.save, _SAVING)
     except Exception as error:  # whatever the client and its transport raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
