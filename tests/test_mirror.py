@@ -19,7 +19,9 @@ from dppo.errors import Pruned
 from dppo.loop import Interrupted
 from dppo.results import final_scalars
 from dppo.tracking import SHARED, STEP, Place
+from tests.conftest import Run, small
 from tests.runs import Finished
+from tests.searches import start, until
 from tests.tracked_runs import POINTS, Session, metrics, run_tracked, sessions
 
 OFFLINE = ("tracking=wandb", POINTS)
@@ -241,3 +243,51 @@ def test_a_tracker_that_dies_costs_the_run_nothing(root: Path, caplog: pytest.Lo
     run_tracked(root, "found", *OFFLINE, "seed=6")
     (found,) = sessions(root / "found")
     assert found.rows == metrics(root / "found")
+
+
+@pytest.fixture
+def _apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are started do not share this process's W&B service."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("_apart")
+def test_a_killed_run_continues_with_its_curve_whole(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "dppo")
+    more = (*OFFLINE, "train.steps=60", "train.checkpoint_every=10")
+    words = small("loss=unll", *more, f"cache.dir={root / 'cache'}", "device=cpu")
+    process = start(root, *words, "hydra.run.dir=killed")
+
+    def n_rows() -> int:
+        path = root / "killed" / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    try:
+        until(lambda: n_rows() > 30, process)
+    finally:
+        process.kill()
+        process.communicate()
+    (first,) = sessions(root / "killed")
+    assert first.code is None
+    run_tracked(root, "killed", *more)
+    assert "  main: continues after step" in caplog.text
+    (second,) = sessions(root / "killed")
+    assert second.path != first.path
+    assert second.told.run_id == first.told.run_id
+    assert second.rows == metrics(root / "killed")
+    assert [row[STEP] for row in second.rows] == list(range(61))
+    assert second.code == 0
+
+
+@pytest.mark.usefixtures("_apart")
+def test_only_the_first_of_two_processes_logs(two_processes: Run, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "cache", tmp_path / "cache", ignore=shutil.ignore_patterns(SHARED))
+    words = small("loss=unll", *OFFLINE, "device=cpu", "seed=7")
+    done = two_processes(*words, "hydra.run.dir=pair", "cache.dir=cache")
+    assert done.returncode == 0, done.stderr[-3000:]
+    logs = list(tmp_path.rglob("*.wandb"))
+    assert len(logs) == 1 + len(list((tmp_path / "cache" / SHARED).rglob("*.wandb"))) == 4
+    (found,) = sessions(tmp_path / "pair")
+    assert found.rows == metrics(tmp_path / "pair")
+    assert found.code == 0

@@ -108,8 +108,6 @@ class WeightsAndBiases:
         # W&B's reports about itself go over the network offline as well, and a server that never answers holds up
         # the end of a run.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        # What fails is said in one line, not in W&B's tracebacks.
-        logging.getLogger("wandb").propagate = False
         directory = directory.resolve()
         directory.mkdir(parents=True, exist_ok=True)
         # Everything W&B writes stays in the run directory.
