@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 
@@ -24,7 +24,10 @@ class Received:
         self.summary: dict[str, dict[str, Any]] = {}
         self.exit_codes: dict[str, int] = {}
         self.requests: list[str] = []
+        self.lines: list[tuple[str, dict[str, Any]]] = []  # of histories, as they came in
         self.broken = False
+        self.mute = Event()
+        self.closed = Event()
         self.url = ""
 
     def rows(self, run: str) -> list[dict[str, Any]]:
@@ -58,6 +61,8 @@ class Received:
 
     def _bucket(self, run: str) -> dict[str, Any]:
         rows = self.rows(run)
+        # A run that the client has begun holds its telemetry: without it nothing is resumed.
+        begun = json.loads(self.runs[run].get("config", "{}")).get("_wandb", {}).get("value", {})
         project = {"id": "1", "name": self.runs[run].get("project", "dppo"), "entity": {"id": "1", "name": "me"}}
         return {
             "id": f"id-{run}",
@@ -74,7 +79,7 @@ class Received:
             "eventsTail": "[]",
             "summaryMetrics": json.dumps(self.summary.get(run, {})),
             "tags": self.runs[run].get("tags", []),
-            "wandbConfig": "{}",
+            "wandbConfig": json.dumps({"t": begun.get("t", {})}),
         }
 
     def file_stream(self, run: str, body: dict[str, Any]) -> None:
@@ -83,6 +88,7 @@ class Received:
             if name == "wandb-history.jsonl":
                 for place, line in enumerate(lines, start=part["offset"]):
                     self.history.setdefault(run, {})[place] = line
+                    self.lines.append((run, line))
             elif name == "wandb-summary.json":
                 self.summary.setdefault(run, {}).update(lines[-1])
         if body.get("complete"):
@@ -91,7 +97,7 @@ class Received:
 
 @contextmanager
 def serve() -> Iterator[Received]:
-    """What the server at ``url`` has received. ``broken`` makes it answer 400 to everything."""
+    """What the server at ``url`` has received. ``broken`` makes it answer 400 to everything, ``mute`` not at all."""
     received = Received()
 
     class Handler(BaseHTTPRequestHandler):
@@ -104,6 +110,9 @@ def serve() -> Iterator[Received]:
             data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if self.headers.get("Content-Encoding") == "gzip":
                 data = gzip.decompress(data)
+            if received.mute.is_set():
+                received.closed.wait()
+                return
             answer: dict[str, Any] = {}
             if received.broken:
                 received.requests.append(self.path)
@@ -122,12 +131,17 @@ def serve() -> Iterator[Received]:
 
         do_GET = do_POST = do_PUT = _answer
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:
+            """A client that was killed, or had enough, is no error."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     Thread(target=server.serve_forever, daemon=True).start()
     received.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:
         yield received
     finally:
+        received.closed.set()
         server.shutdown()
         server.server_close()
