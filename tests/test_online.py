@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import wandb  # noqa: TID251 - its process-wide state is reset between servers
 
 from dppo.loop import Interrupted
-from dppo.tracking import SHARED, STEP, weights_and_biases
+from dppo.tracking import SHARED, STEP
 from tests.runs import Finished
 from tests.tracked_runs import POINTS, metrics, run_tracked
-from tests.wandb_server import Received, serve
+from tests.wandb_server import Received, forget, serve
 
 KEY = "planted0123456789abcdef0123456789abcdef0"
 ONLINE = ("tracking=wandb", "tracking.mode=online", "tracking.init_timeout_seconds=10", POINTS)
@@ -27,15 +26,14 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Received
     """The only server that W&B knows of, and a key for it."""
     for name in [name for name in os.environ if name.startswith(("WANDB_", "NETRC"))]:
         monkeypatch.delenv(name)
-    wandb.teardown()
-    weights_and_biases._refused.clear()
     (tmp_path / "home").mkdir()
     with serve() as received:
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         monkeypatch.setenv("WANDB_BASE_URL", received.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
+        forget()
         yield received
-        wandb.teardown()
+        forget()
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
 
@@ -99,5 +97,5 @@ def test_a_server_that_falls_silent_does_not_hold_up_the_end(
     assert len(lines) == 1
     assert lines[0].startswith("warning: tracking=wandb: ")
     started = time.monotonic()
-    wandb.teardown()  # what the end of the process does
+    forget()  # ends W&B's service, as the end of the process does
     assert time.monotonic() - started < 10

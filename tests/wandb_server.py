@@ -14,6 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 from typing import Any
 
+import wandb  # noqa: TID251 - its process-wide state is reset between servers
+
+from dppo.tracking import weights_and_biases
+
 
 class Received:
     """What arrived: runs by id as they were registered, and the lines of their history and summary."""
@@ -26,6 +30,9 @@ class Received:
         self.requests: list[str] = []
         self.lines: list[tuple[str, dict[str, Any]]] = []  # of histories, as they came in
         self.broken = False
+        self.views: list[dict[str, Any]] = []
+        self.silent_after: int | None = None
+        self.n_requests = 0
         self.mute = Event()
         self.closed = Event()
         self.url = ""
@@ -57,6 +64,9 @@ class Received:
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/stored/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
+        if operation == "UpsertView2":
+            self.views.append(variables)
+            return {"upsertView": {"view": {"id": "1", "name": variables["name"]}, "inserted": True}}
         return {}
 
     def _bucket(self, run: str) -> dict[str, Any]:
@@ -95,9 +105,18 @@ class Received:
             self.exit_codes[run] = int(body["exitcode"])
 
 
+def forget() -> None:
+    """Have this process forget which server W&B talks to, and which one did not answer."""
+    wandb.teardown()
+    weights_and_biases._refused.clear()
+
+
 @contextmanager
 def serve() -> Iterator[Received]:
-    """What the server at ``url`` has received. ``broken`` makes it answer 400 to everything, ``mute`` not at all."""
+    """What the server at ``url`` has received.
+
+    ``broken`` makes it answer 400 to everything, ``mute`` nothing, ``silent_after`` nothing after so many requests.
+    """
     received = Received()
 
     class Handler(BaseHTTPRequestHandler):
@@ -110,6 +129,9 @@ def serve() -> Iterator[Received]:
             data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if self.headers.get("Content-Encoding") == "gzip":
                 data = gzip.decompress(data)
+            received.n_requests += 1
+            if received.silent_after is not None and received.n_requests > received.silent_after:
+                received.mute.set()
             if received.mute.is_set():
                 received.closed.wait()
                 return

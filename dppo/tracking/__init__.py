@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from dppo.types import Json
+if TYPE_CHECKING:
+    from dppo.types import Json
+
 
 Status = Literal["complete", "diverged", "pruned", "interrupted", "failed"]
 JobType = Literal["experiment", "trial", "baseline", "result"]

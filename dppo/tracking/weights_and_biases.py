@@ -14,14 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dppo.artifacts.files import write_atomic
 from dppo.artifacts.locks import hold, try_hold
 from dppo.config import require
 from dppo.tracking import STEP, RunInfo, StageInfo, Status, StudyInfo, Table, Tracker
 from dppo.tracking.guard import guarded, start
-from dppo.types import Json
+
+if TYPE_CHECKING:
+    from dppo.types import Json
 
 _log = logging.getLogger("dppo.tracking")
 Mode = Literal["offline", "online"]

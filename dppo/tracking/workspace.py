@@ -104,10 +104,10 @@ def build(compared: Compared) -> Workspace:
         ],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
         runset_settings=ws.RunsetSettings(
-            filters=[
+            filters=expr.And(
                 expr.Metric("Group") == compared.group,
                 expr.Metric("JobType").isin(["experiment", "trial", "baseline", "result"]),
-            ],
+            ),
             groupby=[expr.Config("method"), expr.Config("configuration")],
             order=[expr.Ordering(expr.Summary(plottable(objectives[0])), ascending=False)],
             pinned_columns=[
