@@ -14,7 +14,7 @@ import pytest
 from dppo.loop import Interrupted
 from dppo.tracking import SHARED, STEP
 from tests.runs import Finished
-from tests.tracked_runs import POINTS, metrics, run_tracked
+from tests.tracked_runs import POINTS, metrics, run_tracked, sessions
 from tests.wandb_server import Received, forget, serve
 
 KEY = "planted0123456789abcdef0123456789abcdef0"
@@ -99,3 +99,23 @@ def test_a_server_that_falls_silent_does_not_hold_up_the_end(
     started = time.monotonic()
     forget()  # ends W&B's service, as the end of the process does
     assert time.monotonic() - started < 10
+
+
+def test_a_server_that_refused_is_not_asked_again_at_once(
+    server: Received, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The jobs of a multirun do not wait for the server one after the other."""
+    server.broken = True
+    run_tracked(tmp_path, "first", *ONLINE)
+    asked = len(server.requests)
+    assert asked > 0
+    run_tracked(tmp_path, "second", *ONLINE, "seed=1")
+    assert len(server.requests) == asked
+    first, second = [record.getMessage() for record in caplog.records if record.name == "dppo.tracking"]
+    assert first == second
+    assert first.startswith("warning: tracking.mode=online: W&B can't be used (")
+    assert first.endswith("; this run is tracked offline")
+    for name in ("first", "second"):
+        (found,) = sessions(tmp_path / name)
+        assert found.rows == metrics(tmp_path / name)
+        assert list((tmp_path / name).glob("wandb/run-*")) == []

@@ -173,33 +173,36 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 def test_all_of_a_study_is_uploaded_what_failed_is_tried_again(
     copied: Path, server: Received, run: Callable[..., Done]
 ) -> None:
-    trial, sft = "outputs/sweeps/tiny/0", "outputs/cache/.tracked/wandb/tests/sft-"
-    listed = run(sync.main, trial, "--dry-run")
-    assert (listed.status, listed.out[-1]) == (0, "4 to upload, 0 uploaded before")
+    place, sft = "outputs/sweeps/tiny/baselines", "outputs/cache/.tracked/wandb/tests/sft-"
+    listed = run(sync.main, place, "--dry-run")
+    assert (listed.status, listed.out[-1]) == (0, "2 to upload, 0 uploaded before")
     assert sum(line.startswith(f"would upload {sft}") for line in listed.out) == 1
     assert server.requests == []
 
     server.broken = True
-    failed = run(sync.main, trial)
-    assert (failed.status, failed.out[-1]) == (1, "0 uploaded, 4 failed; the same command tries them again")
-    assert failed.out[0].startswith("[1/4] failed outputs/")
+    failed = run(sync.main, place)
+    assert (failed.status, failed.out[-1]) == (1, "0 uploaded, 2 failed; the same command tries them again")
+    assert failed.out[0].startswith("[1/2] failed outputs/")
     assert failed.out[0].endswith(": out of order")
     assert list(copied.rglob("*.synced")) == []
-    assert len(server.requests) >= 4
+    assert len(server.requests) >= 2
 
     server.broken = False
-    done = run(sync.main, trial)
-    assert (done.status, done.out[-1]) == (0, "4 uploaded, 0 failed")
-    own = one_session(Path(trial))
-    arrived = server.rows(own.told.run_id)
-    kept = [{key: value for key, value in row.items() if not key.startswith("_")} for row in arrived]
-    assert kept[: len(own.rows)] == own.rows
+    done = run(sync.main, place)
+    assert (done.status, done.out[-1]) == (0, "2 uploaded, 0 failed")
+    own = one_session(Path(place) / "loss=none" / "seed=0")
     assert server.runs[own.told.run_id]["groupName"] == "tiny"
+    assert server.runs[own.told.run_id]["jobType"] == "baseline"
     assert server.exit_codes[own.told.run_id] == 0
-    assert set(own.config["stages"].values()) <= set(server.runs)
+    assert server.summary[own.told.run_id]["win_rate_value"] == 0.5
+    (trained,) = own.config["stages"].values()
+    (kept,) = (one for path in copied.glob(f"{sft}*") for one in sessions(path))
+    arrived = [{key: value for key, value in row.items() if key[0] != "_"} for row in server.rows(trained)]
+    assert arrived == kept.rows
+    assert len(arrived) == 5
 
-    again = run(sync.main, trial)
-    assert (again.status, again.out) == (0, ["0 to upload, 4 uploaded before"])
+    again = run(sync.main, place)
+    assert (again.status, again.out) == (0, ["0 to upload, 2 uploaded before"])
     assert KEY not in "".join([*failed.out, *failed.err, *done.out, *done.err])
 
 
@@ -226,9 +229,9 @@ def test_sync_without_a_login_or_a_network_says_one_line(
 def test_a_server_that_never_answers_is_given_up(copied: Path, server: Received, run: Callable[..., Done]) -> None:
     """It answers the first question, whether it is there, and nothing else."""
     server.silent_after = 1
-    done = run(sync.main, "outputs/sweeps/tiny/baselines", "--timeout", "3")
+    done = run(sync.main, "outputs/sweeps/tiny/baselines", "--timeout", "1.5")
     assert done.status == 1
-    assert done.out[0].endswith(": not done within 3 seconds; see --timeout")
+    assert done.out[0].endswith(": not done within 1.5 seconds; see --timeout")
     assert list(copied.rglob("*.synced")) == []
 
 
