@@ -130,7 +130,8 @@ def _place(hydra: Any, overrides: Sequence[str], directory: Path, *, search: boo
     if not search:
         # Of the default, outputs/multirun/<date>/<time>, the time alone would name many.
         day = f"{sweep.parent.name}/" if re.fullmatch(r"\d{4}-\d\d-\d\d", sweep.parent.name) else ""
-        return Place(f"{day}{sweep.name}", presets=named, choices=choices)
+        varied = tuple(word for word in overrides if word not in sys.argv)
+        return Place(f"{day}{sweep.name}", presets=named, choices=choices, varied=varied)
     kind, *rest = directory.absolute().relative_to(sweep).parts
     study = str(hydra.sweeper.study_name)
     if kind in ("baselines", "results"):

@@ -541,9 +541,11 @@ def _run_info(
     telling = [word for word in overrides if re.split(r"[./@]", key_of(word))[0] not in _NOT_IN_NAME]
     configuration = " ".join([" > ".join(losses), *telling])
     name = [*filter(None, [place.label]), " > ".join(losses), *telling, f"seed={experiment.seed}"]
-    # What varies in a multirun or search is typed or added last.
     while telling and len(" ".join(name)) > _LONGEST_NAME:
-        name.remove(telling.pop(0))
+        # What varies stays longest; a search adds it last.
+        dropped = next((word for word in telling if word not in place.varied), telling[0])
+        telling.remove(dropped)
+        name.remove(dropped)
     return RunInfo(
         id=content_hash([str(directory.resolve()), json.dumps(decides, sort_keys=True)])[:16],
         name=" ".join(name),

@@ -105,8 +105,7 @@ class OptunaSweeper(Sweeper):
             workers.end_with_parent()
             runner.work()
             return
-        tracking = OmegaConf.to_container(self._compose(fixed).tracking, resolve=True)
-        summary.write_record(study, experiment.objectives, tracking)
+        summary.write_record(study, experiment.objectives, _plain(self._compose(fixed).tracking))
         for line in [*note, *scale, *_header(study, sampler)]:
             say(line)
         try:
@@ -503,6 +502,10 @@ class OptunaSweeper(Sweeper):
                 words.remove(error.word)
             except UserError as error:
                 raise UserError(f"hydra.sweeper.baselines={text}: {error}") from None
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    return {str(key): value for key, value in OmegaConf.to_container(node, resolve=True).items()}  # type: ignore[union-attr]
 
 
 def _is_searched(override: Override) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -17,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from dppo import dashboard, sync
+from dppo import config, dashboard, sync
 from dppo.search.summary import RECORD
 from dppo.tracking.uploads import sessions as found_sessions
 from dppo.tracking.weights_and_biases import lock_of
@@ -360,6 +362,23 @@ def test_a_record_that_cannot_be_read_is_named(copied: Path, capsys: pytest.Capt
     path.write_text("{}")
     assert dashboard.main(["study=tiny"]) == 2
     assert str(path) in capsys.readouterr().err
+
+
+@needs_workspaces
+def test_the_page_about_tracking_names_commands_that_work(copied: Path, run: Callable[..., Done]) -> None:
+    page = (Path(dashboard.__file__).parent.parent / "docs" / "tracking.md").read_text()
+    (block,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    found = []
+    for line in block.splitlines():
+        _, _, module, *words = shlex.split(line.partition("  #")[0].replace("alpha", "tiny"))
+        found.append(module)
+        if module == "dppo":
+            config.load(config.compose(words), words)
+        else:
+            main = {"dppo.sync": sync.main, "dppo.dashboard": dashboard.main}[module]
+            done = run(main, *dict.fromkeys([*words, "--dry-run"]))
+            assert (done.status, done.err) == (0, [])
+    assert set(found) == {"dppo", "dppo.sync", "dppo.dashboard"}
 
 
 @needs_workspaces

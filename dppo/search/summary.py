@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dppo.artifacts.files import disk_errors, write_atomic
@@ -19,10 +19,11 @@ from dppo.tracking import StudyInfo, Table
 from dppo.types import Json
 
 RECORD = "study.json"
+_WHERE = ("project", "entity", "group")
 
 
-def write_record(study: Study, objectives: Sequence[str], tracking: Any) -> None:
-    """Write ``study.json``: the name, what is searched (``log``: in its logarithm), and how trials are tracked."""
+def write_record(study: Study, objectives: Sequence[str], tracking: Mapping[str, Any]) -> None:
+    """Write ``study.json``: the name, what is searched (``log``: in its logarithm), and where trials are tracked."""
     record = {
         "name": study.settings.study_name,
         "parameters": [
@@ -31,7 +32,8 @@ def write_record(study: Study, objectives: Sequence[str], tracking: Any) -> None
         ],
         "objectives": list(objectives),
         "directions": list(study.settings.direction),
-        "tracking": tracking,
+        # Not all of it: a tracker of the user's own may be given a secret.
+        "tracking": {key: tracking[key] for key in _WHERE if key in tracking},
     }
     path = study.directory / RECORD
     with disk_errors(path):

@@ -25,7 +25,7 @@ class Place:
     """Where a run belongs: alone, in a multirun, or in a study.
 
     ``label`` is its name there, such as ``trial 3``; ``choices`` are the options of the groups that it was composed
-    from.
+    from, ``varied`` the words in which the runs beside it differ, where that is known.
     """
 
     group: str | None = None
@@ -33,6 +33,7 @@ class Place:
     label: str = ""
     presets: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict)
+    varied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
