@@ -14,11 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from dppo import cache
+from dppo import cache, config
 from dppo.errors import Pruned
 from dppo.loop import Interrupted
 from dppo.results import final_scalars
-from dppo.tracking import SHARED, STEP, Place
+from dppo.tracking import SHARED, STEP, Place, RunInfo, StageInfo
 from tests.conftest import Run, small
 from tests.runs import Finished
 from tests.searches import start, until
@@ -153,6 +153,17 @@ def test_shared_stages_are_logged_once_and_linked(root: Path, session: Session) 
     written = [path for path in (root / "cache" / SHARED).rglob("*.wandb") if path not in before]
     # Another seed reaches other pairs, in the same stores.
     assert written == []
+
+
+def test_phases_with_stages_of_their_own_link_to_each(tmp_path: Path) -> None:
+    settings = config.load(config.compose(["tracking=wandb"]), ["tracking=wandb"]).tracking
+    tracker = settings.start(RunInfo("id", "name", None, "experiment", (), tmp_path / "run", {}))
+    for fingerprint in ("a" * 64, "b" * 64, "a" * 64):
+        tracker.stage(StageInfo("y_gen", "generate", fingerprint, tmp_path / "home", {}, [], {"rows": 1}))
+    tracker.finish("complete", {})
+    (found,) = sessions(tmp_path / "run")
+    assert found.config["stages"] == {"y_gen": f"generate-{'a' * 64}", "y_gen_2": f"generate-{'b' * 64}"}
+    assert len(list((tmp_path / "home").rglob("*.wandb"))) == 2
 
 
 def test_the_cache_commands_leave_what_is_tracked_alone(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -374,24 +375,27 @@ class _Run:
         self._session.row(metrics)
 
     def stage(self, stage: StageInfo) -> None:
-        if stage.title in self._stages:
+        names = itertools.chain([stage.title], (f"{stage.title}_{number}" for number in itertools.count(2)))
+        # A later phase may have a y_gen of its own.
+        title = next(name for name in names if self._stages.get(name, stage).id == stage.id)
+        if title in self._stages:
             return
-        self._stages[stage.title] = stage
+        self._stages[title] = stage
         session = self._session
         session.run.config.update(
-            {"stages": {title: one.id for title, one in self._stages.items()}}, allow_val_change=True
+            {"stages": {name: one.id for name, one in self._stages.items()}}, allow_val_change=True
         )
 
         def log() -> None:
-            self._places[stage.title] = self._settings.log_stage(stage, session.mode).resolve()
+            self._places[title] = self._settings.log_stage(stage, session.mode).resolve()
 
-        if not guarded("tracking=wandb", f"{stage.title} is not logged by this run", log):
+        if not guarded("tracking=wandb", f"{title} is not logged by this run", log):
             return
         if session.mode == "online":
-            links = [f"[{title}]({url})" for title, place in self._places.items() if (url := _url(place))]
+            links = [f"[{name}]({url})" for name, place in self._places.items() if (url := _url(place))]
             session.run.notes = " ".join(["shared stages:", *links]) if links else None
         else:
-            places = {title: str(place) for title, place in self._places.items()}
+            places = {name: str(place) for name, place in self._places.items()}
             write_atomic(session.directory / "wandb" / STAGES, json.dumps(places, indent=2).encode() + b"\n")
 
     def table(self, name: str, table: Table) -> None:
