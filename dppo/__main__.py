@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -25,6 +26,8 @@ from dppo.errors import JobError, Pruned, Resumable, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from dppo.tracking import Place
 
 # More jobs than this are not all composed before the first one; every swept value is still checked once.
 _CHECKED_JOBS = 200
@@ -83,6 +86,7 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
             verdict=watch(_plain(hydra.sweeper), int(os.environ[TRIAL]), hydra.sweep.dir)
             if reports
             else lambda row: None,
+            place=_place(hydra, overrides, directory, search=search),
         )
     except Pruned:
         if search:
@@ -107,6 +111,36 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     finally:
         startup.end()  # a run that finds everything in the cache loads no model
     return values[0] if len(values) == 1 else values
+
+
+def _place(hydra: Any, overrides: Sequence[str], directory: Path, *, search: bool) -> Place:
+    """Where this job belongs: a search's own folders tell what it is, a multirun's name it."""
+    from hydra.types import RunMode
+
+    from dppo.tracking import Place
+
+    presets = [word.partition("=")[2].strip("[]").split(",") for word in overrides if _is_preset(word)]
+    named = tuple(name.strip() for group in presets for name in group)
+    groups = {str(group): str(option) for group, option in hydra.runtime.choices.items()}
+    choices = {group: option for group, option in groups.items() if not group.startswith("hydra")}
+    if hydra.mode != RunMode.MULTIRUN:
+        return Place(", ".join(named) or None, presets=named, choices=choices)
+    sweep = Path(str(hydra.sweep.dir)).absolute()
+    if not search:
+        # Of the default, outputs/multirun/<date>/<time>, the time alone would name many.
+        day = f"{sweep.parent.name}/" if re.fullmatch(r"\d{4}-\d\d-\d\d", sweep.parent.name) else ""
+        varied = tuple(word for word in overrides if word not in sys.argv)
+        return Place(f"{day}{sweep.name}", presets=named, choices=choices, varied=varied)
+    kind, *rest = directory.absolute().relative_to(sweep).parts
+    study = str(hydra.sweeper.study_name)
+    if kind in ("baselines", "results"):
+        job_type: Any = kind.removesuffix("s")
+        return Place(study, job_type, f"{job_type} {rest[0].replace(',', ' ')}", named, choices)
+    return Place(study, "trial", f"trial {kind}", named, choices)
+
+
+def _is_preset(word: str) -> bool:
+    return config.key_of(word) == "experiment" and word.partition("=")[2] not in ("", "[]", "null")
 
 
 def _print(lines: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ import torch
 
 from dppo import __version__, results
 from dppo.artifacts import Cache
+from dppo.artifacts.manifest import Manifest
+from dppo.artifacts.stores import n_rows
 from dppo.batches import batches, collate
-from dppo.config import Experiment, Phase, TrainSettings
+from dppo.config import Experiment, Phase, TrainSettings, key_of
 from dppo.data import Dataset, LabelledDataset, RankedDataset
 from dppo.data.encoding import ChatEncoder, EncodedSet
 from dppo.data.ids import content_hash
@@ -39,8 +42,9 @@ from dppo.stages.preference import Trained, preference
 from dppo.stages.reference import reference_logps
 from dppo.stages.scores import scores
 from dppo.stages.sft import sft
+from dppo.stages.training import METRICS, read_metrics
 from dppo.stages.workbench import Workbench
-from dppo.tracking import RunInfo, Tracker
+from dppo.tracking import SHARED, Place, RunInfo, Silent, StageInfo, Status, Table, Tracker
 from dppo.types import (
     Artifact,
     EncodedExample,
@@ -58,7 +62,13 @@ Verdict = Callable[[Metrics], str | None]
 
 # Held-out pairs and evaluation prompts are the same for every seed, so that runs can be compared prompt by prompt.
 FIXED = 0
+ALONE = Place()
 _PAIRS_PER_BATCH = 1024
+# Parts of a configuration that decide where and how a run is made, and not what comes out.
+_NO_INFLUENCE = ("cache", "device", "tracking", "dry_run", "objectives", "allowed_targets")
+# Words that a run's name shows in another form, or that say where and how it is made.
+_NOT_IN_NAME = ("hydra", "loss", "penalty", "alpha", "beta", "zeta", "seed", *_NO_INFLUENCE)
+_LONGEST_NAME = 100
 _read: Kept[list[PreferenceExample]] = Kept(4)
 _asked: Kept[list[Prompt]] = Kept(4)
 
@@ -70,12 +80,13 @@ def run(
     resolved: Mapping[str, Json],
     overrides: Sequence[str],
     verdict: Verdict = lambda row: None,
+    place: Place = ALONE,
 ) -> tuple[float, ...]:
     """Run an experiment, write its run directory and return the values of its objectives.
 
     ``resolved`` is the configuration as it is recorded, ``overrides`` the words that the user typed. ``verdict`` sees
     every interim row and may end the run with a reason: then, as beyond ``evaluation.interim.max_kl``, ``Pruned`` is
-    raised. Whatever ends the run, ``result.json`` says how it ended.
+    raised. ``place`` says to a tracker where the run belongs. Whatever ends the run, ``result.json`` says how it ended.
     """
     started = time.perf_counter()
     results.check_objectives(experiment.objectives)
@@ -89,11 +100,16 @@ def run(
         bench.say(line)
     for notice in experiment.notices:
         bench.warn(notice)
-    tracker = _tracker(experiment, directory, resolved, overrides) if bench.is_main else None
-    status: Any = "failed"
+    tracker = (
+        experiment.tracking.start(_run_info(experiment, directory, resolved, overrides, place))
+        if bench.is_main
+        else Silent()
+    )
+    mirror = _Mirror(bench, record, tracker)
+    status: Status = "failed"
     final: dict[str, float | int] = {}
     try:
-        result = _stages(experiment, bench, record, tracker, verdict)
+        result = _stages(experiment, bench, record, mirror, verdict)
         result["timings"]["total_seconds"] = round(time.perf_counter() - started, 3)
         status = result["status"]
         final = results.final_scalars(result)
@@ -110,8 +126,63 @@ def run(
             record.result({"status": status, "timings": results.timings(bench)})
         raise
     finally:
-        if tracker is not None:
-            tracker.finish(status, final)
+        tracker.finish(status, final)
+
+
+@dataclass
+class _Mirror:
+    """What a run shows while it goes on: every row of its phases once and in order, and the shared stages it uses.
+
+    Only the main process shows anything.
+    """
+
+    bench: Workbench
+    record: results.RunDirectory
+    tracker: Tracker
+    phase: str = ""
+    offset: int = 0  # optimiser steps of the phases before
+    n_rows: int = 0  # of this phase so far
+
+    def begin(self, phase: str, offset: int) -> None:
+        self.phase, self.offset, self.n_rows = phase, offset, 0
+
+    def row(self, row: Metrics) -> None:
+        """The next row of the phase; ``step`` counts from the phase's beginning."""
+        self.n_rows += 1
+        if self.bench.is_main:
+            row = {**row, "step": int(row["step"]) + self.offset}
+            self.record.metrics(self.phase, [row])
+            self.tracker.log(row)
+
+    def rest(self, rows: Sequence[Metrics]) -> None:
+        """All rows of the phase, of which those at the end were not made by this process."""
+        for row in rows[self.n_rows :]:
+            self.row(row)
+
+    def shared(self, title: str, made: Artifact) -> None:
+        """A stage that other runs use as well; what is known of it lies with it, whoever built it."""
+        if not self.bench.is_main:
+            return
+        path = Path(made.path)
+        manifest = Manifest.read(path)
+        seconds = {"seconds": manifest.timings["total"]} if "total" in manifest.timings else {}
+        self.tracker.stage(
+            StageInfo(
+                title=title,
+                stage=made.stage,
+                fingerprint=made.fingerprint,
+                home=self.bench.cache.root / SHARED,
+                config={
+                    "inputs": manifest.inputs,
+                    "parents": list(manifest.parents),
+                    "versions": dict(manifest.versions),
+                    "git": manifest.git,
+                    "created": manifest.created,
+                },
+                metrics=read_metrics(path / METRICS),
+                final={**seconds, **({"rows": n_rows(path)} if manifest.kind != "artifact" else {})},
+            )
+        )
 
 
 def penalty_strength(experiment: Experiment) -> dict[str, float | int]:
@@ -153,7 +224,7 @@ def _stages(
     experiment: Experiment,
     bench: Workbench,
     record: results.RunDirectory,
-    tracker: Tracker | None,
+    mirror: _Mirror,
     verdict: Verdict,
 ) -> dict[str, Any]:
     training = _training_rows(experiment)
@@ -167,20 +238,18 @@ def _stages(
         policy = reference
     else:
         reference, policy = finished_run(bench, experiment.init_from, encoder)
+    mirror.shared(reference.stage, reference)
     offset = 0
     for name, phase in experiment.phases.items():
         base = reference if phase.reference == "sft" else policy
         last = phase is list(experiment.phases.values())[-1]
         watch = functools.partial(_interim, experiment, bench, base, encoder, verdict) if last else None
-        trained = _phase(experiment, bench, name, phase, training[phase.loss.trains_on], policy, base, encoder, watch)
-        rows = [{**row, "step": int(row["step"]) + offset} for row in trained.metrics]
-        if bench.is_main:
-            record.metrics(name, rows)
+        rows = training[phase.loss.trains_on]
+        mirror.begin(name, offset)
+        trained = _phase(experiment, bench, name, phase, rows, policy, base, encoder, watch, mirror)
+        mirror.rest(trained.metrics)
         for notice in trained.outcome.get("notices", ()) if trained.reused else ():
             bench.warn(f"{name}: {notice}")
-        if tracker is not None:
-            for row in rows:
-                tracker.log(row)
         if trained.policy is None:
             ended = results.pruned if trained.status == "pruned" else results.diverged
             return ended(trained, name, bench)
@@ -213,8 +282,8 @@ def _stages(
     if bench.is_main:
         record.rows("samples.jsonl", samples)
         record.rows("pairs.jsonl", pair_rows)
-    if tracker is not None:
-        tracker.table("samples", list(samples[0]), [list(sample.values()) for sample in samples])
+        mirror.tracker.table("samples", Table(tuple(samples[0]), tuple(tuple(one.values()) for one in samples)))
+        mirror.tracker.histograms(*results.reward_histograms(own_rewards, other_rewards))
     return results.complete(compared, moved, bench, split=evaluation.split, policy=policy, reference=reference)
 
 
@@ -228,6 +297,7 @@ def _phase(
     base: Artifact,
     encoder: ChatEncoder,
     watch: Callable[[int, Sequence[EncodedExample]], Interim | None] | None,
+    mirror: _Mirror,
 ) -> Trained:
     """One preference phase: y_gen and reference log-probs if its loss uses them, then training.
 
@@ -241,12 +311,14 @@ def _phase(
     parents: list[str] = []
     if "generated" in phase.loss.uses_roles:
         store, answers = generate(bench, "y_gen", base, data.prompts, experiment.generation, encoder)
+        mirror.shared("y_gen", store)
         parents.append(store.fingerprint)
         examples = encoder.add_generated(examples, answers, data.max_length)
         held_out = encoder.add_generated(held_out, answers, data.max_length)
     lookup: ReferenceLogps | None = None
     if phase.loss.uses_reference:
         logps, lookup = reference_logps(bench, base, (*examples, *held_out), train)
+        mirror.shared("reference", logps)
         parents.append(logps.fingerprint)
     return preference(
         bench,
@@ -261,6 +333,7 @@ def _phase(
         parents=parents,
         encoder=encoder,
         interim=watch(n_steps(train, len(examples)), held_out) if watch is not None else None,
+        on_row=mirror.row,
     )
 
 
@@ -459,16 +532,33 @@ def _workbench(experiment: Experiment) -> Workbench:
     return Workbench(cache, Accelerator(cpu=device == "cpu"))
 
 
-def _tracker(
-    experiment: Experiment, directory: Path, resolved: Mapping[str, Json], overrides: Sequence[str]
-) -> Tracker:
-    losses = [results.describe_loss(phase.loss) for phase in experiment.phases.values()] or ["sft"]
-    return experiment.tracking.start(
-        RunInfo(
-            name=f"{' > '.join(losses)} seed={experiment.seed}",
-            group=directory.parent.name,
-            tags=tuple(sorted({loss.partition("(")[0] for loss in losses})),
-            directory=directory,
-            config={**resolved, "overrides": list(overrides), "dppo": __version__},
-        )
+def _run_info(
+    experiment: Experiment, directory: Path, resolved: Mapping[str, Json], overrides: Sequence[str], place: Place
+) -> RunInfo:
+    losses = [results.describe_loss(phase.loss) for phase in experiment.phases.values()] or ["none"]
+    methods = [loss.partition("(")[0] for loss in losses]
+    decides = {key: value for key, value in resolved.items() if key not in _NO_INFLUENCE}
+    telling = [word for word in overrides if re.split(r"[./@]", key_of(word))[0] not in _NOT_IN_NAME]
+    configuration = " ".join([" > ".join(losses), *telling])
+    name = [*filter(None, [place.label]), " > ".join(losses), *telling, f"seed={experiment.seed}"]
+    while telling and len(" ".join(name)) > _LONGEST_NAME:
+        # What varies stays longest; a search adds it last.
+        dropped = next((word for word in telling if word not in place.varied), telling[0])
+        telling.remove(dropped)
+        name.remove(dropped)
+    return RunInfo(
+        id=content_hash([str(directory.resolve()), json.dumps(decides, sort_keys=True)])[:16],
+        name=" ".join(name),
+        group=place.group,
+        job_type=place.job_type,
+        tags=tuple(sorted({*methods, *place.presets})),
+        directory=directory,
+        config={
+            **resolved,
+            "method": " > ".join(methods),
+            "configuration": configuration,
+            "choices": dict(place.choices),
+            "overrides": list(overrides),
+            "dppo": __version__,
+        },
     )

@@ -4,7 +4,7 @@ A run directory holds
 
 - ``config.yaml`` the resolved configuration, ``command.txt`` the line that made it, ``versions.json``
 - ``parents.json`` the cached stages that the run used
-- ``metrics.jsonl`` one row a logged step, replayed from the cache when a stage is reused
+- ``metrics.jsonl`` one row a logged step as it is made, replayed from the cache when a stage is reused
 - ``samples.jsonl`` one row a prompt: both answers, both rewards, who won
 - ``pairs.jsonl`` one row a held-out pair: log-probs under policy and reference (``evaluation.edits.PairRow``)
 - ``result.json`` the outcome; its schema is documented at ``complete`` and versioned by ``SCHEMA``
@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dppo.artifacts import manifest
 from dppo.artifacts.files import disk_errors, write_atomic
 from dppo.dotted import leaves
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _WIDTH = 78
+_BINS = 32
 
 
 def command_line(overrides: Sequence[str]) -> str:
@@ -293,6 +296,13 @@ def samples(
             }
         )
     return rows
+
+
+def reward_histograms(policy: Sequence[float], reference: Sequence[float]) -> tuple[list[float], dict[str, list[int]]]:
+    """Edges of equal bins from the lowest to the highest reward of both models, and how many of each lie in them."""
+    edges = np.histogram_bin_edges([*policy, *reference], bins=_BINS)
+    counts = {"policy_reward": policy, "reference_reward": reference}
+    return edges.tolist(), {name: np.histogram(rewards, edges)[0].tolist() for name, rewards in counts.items()}
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------

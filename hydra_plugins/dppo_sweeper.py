@@ -72,7 +72,7 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Search; ``arguments`` are the words of the command line, of which some are fixed and some searched."""
         from dppo.errors import Resumable, UserError
-        from dppo.search import report, workers
+        from dppo.search import report, summary, workers
         from dppo.search.pruners import pruner_from
         from dppo.search.runner import Runner, say
         from dppo.search.study import WORKER, open_study, reach
@@ -105,6 +105,7 @@ class OptunaSweeper(Sweeper):
             workers.end_with_parent()
             runner.work()
             return
+        summary.write_record(study, experiment.objectives, _plain(self._compose(fixed).tracking))
         for line in [*note, *scale, *_header(study, sampler)]:
             say(line)
         try:
@@ -119,8 +120,10 @@ class OptunaSweeper(Sweeper):
             said = f"{stop}; " if str(stop) else ""
             raise Resumable(f"{said}the same command with hydra.sweeper.resume=true") from None
         finally:
-            for line in report.write(study, experiment.objectives):
+            written = report.write(study, experiment.objectives)
+            for line in written.lines:
                 say(line)
+            experiment.tracking.study(summary.study_info(study, written))
 
     def _work(self, runner: Any) -> None:
         """Run what is left of the study, in this process or in workers."""
@@ -500,6 +503,10 @@ class OptunaSweeper(Sweeper):
                 words.remove(error.word)
             except UserError as error:
                 raise UserError(f"hydra.sweeper.baselines={text}: {error}") from None
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    return {str(key): value for key, value in OmegaConf.to_container(node, resolve=True).items()}  # type: ignore[union-attr]
 
 
 def _is_searched(override: Override) -> bool:

@@ -337,7 +337,7 @@ def test_the_report_names_the_best_the_boundary_and_what_mattered(tmp_path: Path
         alpha = asked.values["alpha"]
         assert isinstance(alpha, float)
         found.complete(asked, [math.log(alpha)], "complete" if alpha < 0.9 else "diverged")
-    lines = report.write(found, ["win_rate.value"])
+    lines = report.write(found, ["win_rate.value"]).lines
     winner = winners.best(found)[0]
     assert winner.params["alpha"] == max(
         trial.params["alpha"] for trial in found.trials() if winners.state(trial) == "complete"

@@ -93,7 +93,8 @@ def offline(directory: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[
 
 
 def check(tmp_path: Path, *, key: bool) -> None:
-    """The run is complete, its mirror is whole, and the planted key is nowhere."""
+    """The run is complete, its mirror is whole, nothing of an attempt is left, and the planted key is nowhere."""
+    assert list((tmp_path / "run" / "wandb").glob("run-*")) == []
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "complete"
     config, summary, history, code = offline(tmp_path / "run")

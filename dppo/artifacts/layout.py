@@ -35,7 +35,7 @@ class Layout:
 
     ``<stage>/<fingerprint>/`` is an artifact or a growing store. ``.work`` holds checkpoints of unfinished builds,
     ``.building`` what is being written, ``.trash`` what is being deleted or was found damaged, ``.locks`` the locks,
-    ``.runs`` which run directories used the cache.
+    ``.runs`` which run directories used the cache, ``.tracked`` what trackers keep of shared stages.
     """
 
     root: Path

@@ -17,7 +17,7 @@ from dppo.artifacts.fingerprint import FINGERPRINT
 from dppo.artifacts.layout import STAGE, TAG, Layout
 from dppo.artifacts.locks import try_hold
 from dppo.artifacts.manifest import Damaged, Manifest, artifact_problem
-from dppo.artifacts.stores import APPEND, JsonRows, RowFormat, TokenRows, shard_keys, shard_rows
+from dppo.artifacts.stores import APPEND, JsonRows, RowFormat, TokenRows, n_rows, shard_keys
 from dppo.errors import UserError
 
 _FORMATS: dict[str, RowFormat[Any]] = {f".{JsonRows.suffix}": JsonRows(), f".{TokenRows.suffix}": TokenRows()}
@@ -90,7 +90,7 @@ def _finished(layout: Layout) -> Iterator[Found]:
             manifest = Manifest.read(path)
             kind, parents = manifest.kind, manifest.parents
             if kind != "artifact":
-                rows = sum(shard_rows(shard.name) for shard in _shards(path))
+                rows = n_rows(path)
         yield Found(kind, path.parent.name, path.name, path, parents, rows, tree_bytes(path), _used(path))
 
 

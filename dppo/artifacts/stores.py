@@ -251,6 +251,11 @@ def shard_rows(name: str) -> int:
     return int(match["rows"])
 
 
+def n_rows(entry: Path) -> int:
+    """The number of rows in the store at ``<stage>/<fingerprint>``."""
+    return sum(shard_rows(path.name) for path in (entry / "shards").glob("[!.]*"))
+
+
 def shard_keys(path: Path, format: RowFormat[Row]) -> list[str]:
     """The keys of a shard; raises Damaged unless its bytes are those that were written."""
     rows = shard_rows(path.name)

@@ -6,14 +6,15 @@ import csv
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dppo.artifacts.files import disk_errors, write_atomic
 from dppo.command_line import aligned
 from dppo.errors import UserError
-from dppo.evaluation.comparison import Configuration, compare_runs, shown_interval, shown_p
+from dppo.evaluation.comparison import Configuration, Line, compare_runs, shown_interval, shown_p
 from dppo.evaluation.runs import find_runs
 from dppo.evaluation.win_rates import Interval
 from dppo.results import command_line
@@ -89,10 +90,25 @@ def _baselines(study: Study, objectives: Sequence[str]) -> list[BaselineLine]:
     return lines
 
 
+@dataclass(frozen=True)
+class Report:
+    """What a study has come to: the lines to be printed, and the numbers behind them.
+
+    ``importances`` are shares by parameter, for every objective that has any; ``results`` are the comparison on fresh
+    seeds, of ``metric``, the first one its baseline.
+    """
+
+    lines: list[str]
+    overview: Overview
+    importances: Mapping[str, Mapping[str, float]]
+    metric: str
+    results: Sequence[Line]
+
+
 # --- what is printed and written -------------------------------------------------------------------------------------
 
 
-def write(study: Study, objectives: Sequence[str]) -> list[str]:
+def write(study: Study, objectives: Sequence[str]) -> Report:
     """Write the files of a study and return what is to be printed.
 
     ``trials.csv``; ``best.yaml``, or ``pareto.csv`` for several objectives; ``results.csv`` once there are results;
@@ -108,16 +124,19 @@ def write(study: Study, objectives: Sequence[str]) -> list[str]:
         if ABANDONED in trial.user_attrs and trial.user_attrs[INDEX] in numbers:
             lines.append(f"trial {trial.number} was abandoned and run again as {numbers[trial.user_attrs[INDEX]]}")
     _csv(study.directory / "trials.csv", found, found.trials, found.baselines)
+    importances = _importances(study, found) if winners else {}
     if winners:
         lines += _winners(study, found, winners)
+        lines += _told_importances(study, found, importances)
     else:
         lines.append(
             "no trial was completed" if not any(one.objectives for one in found.trials) else "no trial may win"
         )
     lines += trust.foretold(found)
     lines += trust.noise(study, found)
-    lines += _results(study, objectives)
-    return [*lines, *_plots(study, found), f"files {study.directory}"]
+    metric, results, told = _results(study, objectives)
+    lines += [*told, *_plots(study, found), f"files {study.directory}"]
+    return Report(lines, found, importances, metric, results)
 
 
 def _table(found: Overview) -> list[list[str]]:
@@ -196,7 +215,7 @@ def _winners(study: Study, found: Overview, winners: Sequence[FrozenTrial]) -> l
         title = f"  {name_of(study, trial)}" if several else name_of(study, trial)
         lines += [f"{title}: {values}", f"  {trial.user_attrs[COMMAND]}"]
         lines += _boundaries(study, trial) if not several else []
-    return lines + _importances(study, found)
+    return lines
 
 
 def _best_yaml(study: Study, winner: FrozenTrial) -> None:
@@ -215,32 +234,44 @@ def _boundaries(study: Study, winner: FrozenTrial) -> list[str]:
     return lines
 
 
-def _importances(study: Study, found: Overview) -> list[str]:
+def _importances(study: Study, found: Overview) -> dict[str, dict[str, float]]:
+    """Shares of the parameters in being among the best tenth, by objective; none where there are too few trials."""
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    complete = [trial for trial in study.trials() if state(trial) == "complete"]
-    if len(study.space.parameters) < 2 or len(complete) < _ENOUGH:
-        return []
-    lines = []
+    if len(study.space.parameters) < 2 or _n_complete(study) < _ENOUGH:
+        return {}
+    shares: dict[str, dict[str, float]] = {}
     for at, path in enumerate(found.objectives):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                shares = get_param_importances(
+                shares[path] = get_param_importances(
                     study.study,
                     evaluator=PedAnovaImportanceEvaluator(),
                     target=lambda trial, at=at: trial.values[at],  # type: ignore[misc]
                 )
             except (ValueError, RuntimeError):  # too few trials with the same parameters
                 continue
+    return shares
+
+
+def _n_complete(study: Study) -> int:
+    return sum(state(trial) == "complete" for trial in study.trials())
+
+
+def _told_importances(study: Study, found: Overview, importances: Mapping[str, Mapping[str, float]]) -> list[str]:
+    lines = []
+    for path, shares in importances.items():
         told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         of = f" of {path}" if len(found.objectives) > 1 else ""
-        lines.append(f"importance for being among the best tenth{of} (PED-ANOVA, {len(complete)} trials): {told}")
+        n_trials = _n_complete(study)
+        lines.append(f"importance for being among the best tenth{of} (PED-ANOVA, {n_trials} trials): {told}")
     return lines
 
 
-def _results(study: Study, objectives: Sequence[str]) -> list[str]:
-    """The best and the baselines on fresh seeds and test prompts."""
+def _results(study: Study, objectives: Sequence[str]) -> tuple[str, list[Line], list[str]]:
+    """The best and the baselines on fresh seeds and test prompts: the metric, their comparison, and what is printed."""
+    metric = next((name for path, name in _METRICS.items() if objectives[0].startswith(path)), "win_rate")
     names = {folder(text): text for text in study.settings.baselines}
     shown = {**names, **{folder(name): name for name in (name_of(study, trial) for trial in shown_winners(study))}}
     # A study that went on may have results of a trial that was the best before.
@@ -255,15 +286,14 @@ def _results(study: Study, objectives: Sequence[str]) -> list[str]:
             places = [study.directory / "results" / name / f"seed={seed}" for seed in done]
             found.append(Configuration({run.seed: run for run in find_runs(places)}, title))
     if not found:
-        return notes
-    metric = next((name for path, name in _METRICS.items() if objectives[0].startswith(path)), "win_rate")
+        return metric, [], notes
     order = [one for one in found if one.label in names.values()] + [
         one for one in found if one.label not in names.values()
     ]
     try:
         lines = compare_runs(order, metric=metric, baseline=order[0].label, n_bootstrap=10_000, seed=0)
     except UserError as error:
-        return [*notes, f"no result: {error}"]
+        return metric, [], [*notes, f"no result: {error}"]
     rows = [["configuration", "seeds", metric, f"difference to {lines[0].label}", "p"]]
     for line in lines:
         seeds = f"{len(line.seeds)}" + (f", {len(line.diverged)} diverged" if line.diverged else "")
@@ -272,13 +302,14 @@ def _results(study: Study, objectives: Sequence[str]) -> list[str]:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     _write(study.directory / "results.csv", text.getvalue())
-    return [
+    told = [
         "",
         f"result: fresh seeds, {lines[0].n} test prompts, none of them used to choose "
         "(paired differences, simultaneous 95 % intervals, Holm's p)",
         *aligned(rows),
         *notes,
     ]
+    return metric, lines, told
 
 
 def _plots(study: Study, found: Overview) -> list[str]:

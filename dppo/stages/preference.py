@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +72,12 @@ def preference(
     parents: Sequence[str],
     encoder: ChatEncoder,
     interim: Interim | None = None,
+    on_row: Callable[[Metrics], None] = lambda row: None,
 ) -> Trained:
     """Train ``phase.loss`` from the model ``start``; ``parents`` are the stores that the examples came from.
+
+    ``on_row`` is told the rows of its metrics while it trains, those before a checkpoint first; of a run that is found
+    in the cache it is told none.
 
     A run that is found in the cache tells its interim values again, and is pruned as it would be while it runs.
     """
@@ -94,6 +98,7 @@ def preference(
             reference=reference,
             interim=interim,
             title=name,
+            on_row=on_row,
         )
         if bench.is_main:
             if outcome.status == "complete":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -174,8 +174,12 @@ def run_training(
     held_out: Sequence[EncodedExample] = (),
     reference: ReferenceLogps | None = None,
     interim: Interim | None = None,
+    on_row: Callable[[Metrics], None] = lambda row: None,
 ) -> Outcome:
-    """Run the loop with its checkpoints and metrics in the stage's work directory; metrics end in the artifact."""
+    """Run the loop with its checkpoints and metrics in the stage's work directory; metrics end in the artifact.
+
+    In the main process ``on_row`` is told every row, also those from before the checkpoint that is continued.
+    """
     journal = started.work / METRICS
     done = checkpoint_step(started.work)
     if done:
@@ -186,10 +190,14 @@ def run_training(
     if bench.is_main:
         _write_rows(journal, rows)
     replay(bench, rows, interim)
+    if bench.is_main:
+        for row in rows:
+            on_row(row)
 
     def log(row: Metrics) -> None:
         with journal.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        on_row(row)
 
     outcome = train(
         policy,
