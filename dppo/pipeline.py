@@ -65,7 +65,7 @@ FIXED = 0
 ALONE = Place()
 _PAIRS_PER_BATCH = 1024
 # Parts of a configuration that decide where and how a run is made, and not what comes out.
-_NO_INFLUENCE = ("cache", "device", "tracking", "dry_run", "objectives", "allowed_targets")
+_NO_INFLUENCE = ("cache", "device", "tracking", "dry_run", "report", "objectives", "allowed_targets")
 # Words that a run's name shows in another form, or that say where and how it is made.
 _NOT_IN_NAME = ("hydra", "loss", "penalty", "alpha", "beta", "zeta", "seed", *_NO_INFLUENCE)
 _LONGEST_NAME = 100
@@ -240,6 +240,7 @@ def _stages(
         reference, policy = finished_run(bench, experiment.init_from, encoder)
     mirror.shared(reference.stage, reference)
     offset = 0
+    trained_on: dict[str, dict[str, int]] = {}
     for name, phase in experiment.phases.items():
         base = reference if phase.reference == "sft" else policy
         last = phase is list(experiment.phases.values())[-1]
@@ -253,6 +254,7 @@ def _stages(
         if trained.policy is None:
             ended = results.pruned if trained.status == "pruned" else results.diverged
             return ended(trained, name, bench)
+        trained_on[name] = {"n_examples": trained.n_examples, "steps": int(trained.outcome["steps"])}
         offset += int(trained.outcome["steps"])
         policy = trained.policy
 
@@ -277,6 +279,7 @@ def _stages(
         scored,
         evaluation,
     )
+    moved["training"] = trained_on
     moved["after_edit"] = after_edit(pair_rows, n_bootstrap=evaluation.n_bootstrap, seed=evaluation.bootstrap_seed)
     samples = results.samples(prompts, own, other, own_rewards, other_rewards)
     if bench.is_main:

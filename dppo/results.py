@@ -30,6 +30,7 @@ from dppo.artifacts import manifest
 from dppo.artifacts.files import disk_errors, write_atomic
 from dppo.dotted import leaves
 from dppo.errors import UserError
+from dppo.evaluation.histogram import shared_bins
 from dppo.loop import PERCENT, SETUP, Metrics
 from dppo.types import Artifact, Generation, Json, Prompt
 
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _WIDTH = 78
-_BINS = 32
 
 
 def command_line(overrides: Sequence[str]) -> str:
@@ -125,7 +125,7 @@ def complete(
     strict_ci_low, strict_ci_high, n, wins, ties}; ``reward`` {policy, reference, delta, each {value, ci_low, ci_high},
     negative_share}; ``length`` {policy, reference, each {tokens, characters, end_of_turn_rate}}; ``kl``
     {nats_per_token, nats_per_answer, n_answers, n_tokens}; ``held_out`` likelihoods and accuracies on pairs of the
-    split; ``after_edit`` mean token log-prob of chosen answers behind the first edit (``evaluation.edits``);
+    split; ``training`` by phase {n_examples, steps}; ``after_edit`` mean token log-prob of chosen answers behind the first edit (``evaluation.edits``);
     ``timings`` {stages: [{stage, fingerprint, seconds, reused, rows (that a growing store got, else null)}],
     total_seconds}. Intervals are 95 %.
     """
@@ -299,8 +299,8 @@ def samples(
 
 
 def reward_histograms(policy: Sequence[float], reference: Sequence[float]) -> tuple[list[float], dict[str, list[int]]]:
-    """Edges of equal bins from the lowest to the highest reward of both models, and how many of each lie in them."""
-    edges = np.histogram_bin_edges([*policy, *reference], bins=_BINS)
+    """Edges of bins for the rewards of both models, and how many of each lie in them."""
+    edges = shared_bins(policy, reference)
     counts = {"policy_reward": policy, "reference_reward": reference}
     return edges.tolist(), {name: np.histogram(rewards, edges)[0].tolist() for name, rewards in counts.items()}
 

@@ -22,7 +22,7 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Trained:
-    """A policy, or the record of a run that diverged or was pruned and left none.
+    """A policy, or the record of a run that diverged or was pruned and left none; it saw ``n_examples``.
 
     ``outcome`` is that of the loop, with ``status`` complete or diverged; a pruned one has ``status``, ``reason`` and
     ``steps`` alone.
@@ -32,6 +32,7 @@ class Trained:
     reused: bool
     outcome: dict[str, Any]
     metrics: list[Metrics]
+    n_examples: int
 
     @property
     def status(self) -> str:
@@ -118,8 +119,10 @@ def preference(
         bench.say(f"  {name}: pruned, {stop}")
         found = read_metrics((slot.path if slot.complete() else slot.work) / METRICS)
         metrics = [row for row in found if row["step"] <= stop.step]  # a longer run may have been there already
-        return Trained(None, slot.complete(), {"status": "pruned", "reason": str(stop), "steps": stop.step}, metrics)
-    return Trained(artifact if outcome["status"] == "complete" else None, artifact.reused, outcome, metrics)
+        ended = {"status": "pruned", "reason": str(stop), "steps": stop.step}
+        return Trained(None, slot.complete(), ended, metrics, len(examples))
+    trained = artifact if outcome["status"] == "complete" else None
+    return Trained(trained, artifact.reused, outcome, metrics, len(examples))
 
 
 def _outcome(slot: Slot) -> dict[str, Any]:
