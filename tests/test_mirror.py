@@ -19,7 +19,7 @@ from dppo.errors import Pruned
 from dppo.loop import Interrupted
 from dppo.results import final_scalars
 from dppo.tracking import SHARED, STEP, Place, RunInfo, StageInfo
-from tests.conftest import Run, small
+from tests.conftest import small
 from tests.runs import Finished
 from tests.searches import start, until
 from tests.tracked_runs import POINTS, Session, metrics, run_tracked, sessions
@@ -289,16 +289,3 @@ def test_a_killed_run_continues_with_its_curve_whole(root: Path, caplog: pytest.
     assert second.rows == metrics(root / "killed")
     assert [row[STEP] for row in second.rows] == list(range(61))
     assert second.code == 0
-
-
-@pytest.mark.usefixtures("_apart")
-def test_only_the_first_of_two_processes_logs(two_processes: Run, root: Path, tmp_path: Path) -> None:
-    shutil.copytree(root / "cache", tmp_path / "cache", ignore=shutil.ignore_patterns(SHARED))
-    words = small("loss=unll", *OFFLINE, "device=cpu", "seed=7")
-    done = two_processes(*words, "hydra.run.dir=pair", "cache.dir=cache")
-    assert done.returncode == 0, done.stderr[-3000:]
-    logs = list(tmp_path.rglob("*.wandb"))
-    assert len(logs) == 1 + len(list((tmp_path / "cache" / SHARED).rglob("*.wandb"))) == 4
-    (found,) = sessions(tmp_path / "pair")
-    assert found.rows == metrics(tmp_path / "pair")
-    assert found.code == 0

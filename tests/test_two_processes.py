@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dppo.tracking import SHARED
 from tests.conftest import Run, small
+from tests.tracked_runs import metrics, sessions
 
 
 @pytest.mark.parametrize(
@@ -20,7 +22,7 @@ from tests.conftest import Run, small
 def test_torchrun_with_two_processes_is_the_same_experiment(
     loss: list[str], dppo: Run, two_processes: Run, tmp_path: Path
 ) -> None:
-    words = small(*loss, "device=cpu")
+    words = small(*loss, "device=cpu", "tracking=wandb")
     alone = dppo(*words, "hydra.run.dir=alone", "cache.dir=cache-alone")
     assert alone.returncode == 0, alone.stderr
     pair = two_processes(*words, "hydra.run.dir=pair", "cache.dir=cache-pair")
@@ -34,3 +36,8 @@ def test_torchrun_with_two_processes_is_the_same_experiment(
         return [row["train/loss"] for row in rows if "train/loss" in row]
 
     assert losses("pair") == pytest.approx(losses("alone"), rel=1e-4)
+    (session,) = sessions(tmp_path / "pair")
+    assert session.rows == metrics(tmp_path / "pair"), "only the first process logs"
+    assert session.code == 0
+    linked = set(session.config["stages"].values())
+    assert len(linked) == len(list((tmp_path / "cache-pair" / SHARED).rglob("*.wandb")))

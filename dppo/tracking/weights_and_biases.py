@@ -300,7 +300,9 @@ class _Session:
     def table(self, name: str, table: Table) -> None:
         self.flush()
         rows = [list(row) for row in table.rows]
-        self.run.log({name: self.wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)})
+        logged = self.wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
+        # Other than rows, tables make W&B ask the server, and wait for what it says.
+        bounded(lambda: self.run.log({name: logged}), self.closing_seconds)
 
     def histograms(self, edges: Sequence[float], counts: Mapping[str, Sequence[int]]) -> None:
         self.flush()
@@ -358,7 +360,7 @@ def bounded(call: Callable[[], None], seconds: float) -> None:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise TimeoutError(f"not closed within {seconds:.0f} seconds")
+        raise TimeoutError(f"no answer within {seconds:.0f} seconds")
     if raised:
         raise raised[0]
 
