@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,10 @@ def test_seeds_are_grouped_and_shared_words_are_left_out(runs: Path) -> None:
 def test_a_preset_is_named_only_where_nothing_else_tells(runs: Path) -> None:
     for name, words in (("x", ["experiment=one", "loss=ipo"]), ("y", ["experiment=two"])):
         write_run(runs / name, *words, "train.steps=9", seed=0, rewards=[1, 1, -1, 0])
+    # A whole label is meant before a word of others.
+    write_run(runs / "z", "loss=ipo", "beta=2", "train.steps=9", seed=0, rewards=[-1, -1, -1, 0])
+    assert compared(runs, baseline="loss=ipo")[0].value.value == 0.625
+    shutil.rmtree(runs / "z")
     labels = [one.label for one in configurations(find_runs([runs]))]
     assert sorted(labels) == ["experiment=two", "loss=dpo", "loss=ipo", "loss=unll alpha=0.1"]
 

@@ -110,8 +110,8 @@ def test_both_models_rewards_are_counted_in_the_same_bins(root: Path, session: S
     edges = row["histogram/policy_reward/bins"]
     assert edges == row["histogram/reference_reward/bins"]
     samples = Finished(root / "run", ()).samples
-    assert edges[0] == min(min(one["policy_reward"], one["reference_reward"]) for one in samples)
-    assert edges[-1] == max(max(one["policy_reward"], one["reference_reward"]) for one in samples)
+    assert edges[0] <= min(min(one["policy_reward"], one["reference_reward"]) for one in samples)
+    assert edges[-1] >= max(max(one["policy_reward"], one["reference_reward"]) for one in samples)
     for who in ("policy", "reference"):
         counts = row[f"histogram/{who}_reward/values"]
         assert len(counts) == len(edges) - 1

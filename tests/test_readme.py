@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import dppo.__main__ as entry
-from dppo import cache, compare, methods
+from dppo import cache, compare, dashboard, methods, sync
 from dppo.config import CONF_DIR
+from dppo.report import __main__ as report
 from tests.conftest import small
 from tests.data.test_sources import chat_row, chats, pair_row, preferences
 
@@ -57,12 +58,14 @@ def test_every_command_runs(
     (tmp_path / "outputs" / "cache").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     _, _, module, *words = shlex.split(command)
-    if module == "dppo.compare" or any(word.startswith("init_from=") for word in words):
-        monkeypatch.setattr(sys, "argv", ["dppo", *small("loss=dpo", "hydra.run.dir=outputs/mine")])
-        assert entry.main() == 0
+    if module in ("dppo.compare", "dppo.report") or any(word.startswith("init_from=") for word in words):
+        for name in ("mine", *(["other"] if "outputs/other" in words else [])):
+            monkeypatch.setattr(sys, "argv", ["dppo", *small("loss=dpo", f"hydra.run.dir=outputs/{name}")])
+            assert entry.main() == 0
     if module != "dppo":
-        commands = {"dppo.cache": cache.main, "dppo.compare": compare.main, "dppo.methods": methods.main}
-        status = commands[module](words)
+        commands = {"cache": cache.main, "compare": compare.main, "methods": methods.main}
+        commands |= {"report": report.main, "sync": sync.main, "dashboard": dashboard.main}
+        status = commands[module.partition(".")[2]](words)
     else:
         monkeypatch.setattr(sys, "argv", ["dppo", *reduced(words)])
         try:

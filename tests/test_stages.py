@@ -135,8 +135,15 @@ def test_sft_against_itself_is_a_tie_everywhere(tmp_path: Path) -> None:
 
 def test_every_number_of_a_result_can_be_an_objective_and_no_other(warm: tuple[Path, Finished]) -> None:
     result = warm[1].result
-    numbers = {name for name in final_scalars(result) if not name.startswith("schema")}
+    # How long it trained is no outcome.
+    numbers = {name for name in final_scalars(result) if not name.startswith(("schema", "training."))}
     assert numbers == NUMBERS
+
+
+def test_a_result_says_what_each_phase_trained_on(warm: tuple[Path, Finished], tmp_path: Path) -> None:
+    assert warm[1].result["training"] == {"main": {"n_examples": 32, "steps": 8}}
+    assert run_small(warm[0], "train.n_examples=12").result["training"] == {"main": {"n_examples": 12, "steps": 8}}
+    assert run_small(warm[0], "loss=none").result["training"] == {}
 
 
 def test_several_objectives_are_a_tuple_in_their_order(warm: tuple[Path, Finished], tmp_path: Path) -> None:

@@ -286,8 +286,9 @@ def sft_value(found: Sequence[Configuration], metric: str) -> float | None:
 def _baseline(found: Sequence[Configuration], wanted: str | None) -> Configuration:
     if wanted is None:
         return found[0]
-    exact = [one for one in found if wanted in (one.label, *one.label.split())]
-    matching = exact or [one for one in found if wanted in one.label]
+    named = [one for one in found if wanted == one.label]
+    told = [one for one in found if wanted in one.label.split()]
+    matching = named or told or [one for one in found if wanted in one.label]
     if len(matching) != 1:
         labels = "; ".join(one.label for one in found)
         count = "no configuration" if not matching else f"{len(matching)} configurations"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dppo.artifacts.files import write_atomic
 from dppo.artifacts.locks import hold, try_hold
 from dppo.config import require
+from dppo.dotted import leaves
 from dppo.tracking import STEP, RunInfo, StageInfo, Status, StudyInfo, Table, Tracker
 from dppo.tracking.guard import guarded, start
 
@@ -249,15 +250,9 @@ def _url(place: Path) -> str | None:
     return str(found) if found else None
 
 
-def _scalars(config: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
+def _scalars(config: Mapping[str, Json]) -> dict[str, Json]:
     """Every scalar of the config by its dotted name: what W&B can group and filter by."""
-    flat: dict[str, Json] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _scalars(value, f"{prefix}{key}.")
-        elif not isinstance(value, (list, tuple)):
-            flat[f"{prefix}{key}"] = value
-    return flat
+    return {name: value for name, value in leaves(config).items() if not isinstance(value, (list, tuple, Mapping))}
 
 
 @dataclass
