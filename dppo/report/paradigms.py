@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dppo.evaluation.comparison import shown_p
+from dppo.evaluation.win_rates import Interval
 from dppo.report.drawing import COLOURS, INK, MUTED, grid, legend, lines_of, new_figure, tip
 from dppo.report.evidence import SFT, Entry, Group, phases, sentence, shown, words_without
 from dppo.report.panel import Panel
@@ -112,16 +113,17 @@ def _draw(group: Group, best: Sequence[Entry], width: float) -> Figure:
         seen[kind] = bar
         axes.hlines(at, value.low, value.high, colors=[INK], linewidth=1.3, zorder=4)
         axes.plot([value.low, value.high], [at, at], "|", color=INK, markersize=6, zorder=4)
-        _number(axes, at, max(value.high, value.value), value.value)
+        _number(axes, at, value)
     if len(names) > rows:
         seen[SFT] = axes.barh(rows, 0.5, height=0.68, color=_KINDS[SFT][0], edgecolor="white", linewidth=0)[0]
-        _number(axes, rows, 0.5, 0.5)
+        _number(axes, rows, Interval(0.5, 0.5, 0.5))
     if group.metric == "win_rate":
         axes.axvline(0.5, color=INK, linewidth=0.9, linestyle=(0, (4, 2)), zorder=3)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.margins(x=0.14)
+    # Room for the numbers, on both sides if some are negative.
+    axes.margins(x=0.14 if all(entry.value.value >= 0 for entry in best) else 1.4 / width)
     axes.set_xlabel(group.name)
     if len(seen) > 1:
         kinds = [kind for kind in _KINDS if kind in seen]
@@ -129,5 +131,11 @@ def _draw(group: Group, best: Sequence[Entry], width: float) -> Figure:
     return figure
 
 
-def _number(axes: Axes, at: int, x: float, value: float) -> None:
-    axes.annotate(f"{value:.3f}", (x, at), (5, 0), textcoords="offset points", va="center")
+def _number(axes: Axes, at: int, value: Interval) -> None:
+    """The value behind the end of its bar, which a negative one has on the left."""
+    left = value.value < 0
+    x, offset = (value.low, -5) if left else (value.high, 5)
+    axes.annotate(
+        f"{value.value:.3f}", (x, at), (offset, 0), textcoords="offset points", va="center",
+        ha="right" if left else "left",
+    )  # fmt: skip

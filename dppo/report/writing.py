@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -174,7 +175,9 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
                 f"One seed each on {group.title}: the intervals hold for these trained models, not for the methods."
             )
     if evidence.left_out:
-        lines.append(f"{len(evidence.left_out)} runs are left out; the end of the page says which and why.")
+        kinds = Counter(one.status for one in evidence.left_out)
+        told = ", ".join(f"{count} {status}" for status, count in kinds.items())
+        lines.append(f"Left out: {told}; the end of the page says which and why.")
     return tuple(lines)
 
 

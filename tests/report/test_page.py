@@ -193,6 +193,7 @@ def test_damaged_and_unfinished_runs_are_listed(tmp_path: Path, browser: Browser
     opened = Opened(browser, page)
     rows = opened.page.locator("#table-left_out tbody tr")
     assert rows.count() == 3
+    expect(opened.page.locator("header")).to_contain_text("Left out: 2 broken, 1 unfinished")
     told = "\n".join(rows.all_inner_texts())
     assert "torn" in told and "samples.jsonl, line 1" in told
     assert "half" in told and "result.json is not JSON" in told

@@ -147,6 +147,18 @@ def test_paradigms_are_the_best_of_each_family_beside_sft(group: Group) -> None:
     assert "flatters families with many" in panel.lead
 
 
+def test_bars_below_zero_have_their_numbers_on_the_left(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "a", "loss=dpo", policy=(-2.0, -1.0, -3.0))
+    make_run(tmp_path / "runs" / "b", "loss=unll", loss=unll(0.1), policy=(2.0, 1.0, 0.0))
+    (group,) = gathered(tmp_path / "runs", metric="reward").groups
+    for width in (WIDE, NARROW):
+        figure = drawn(paradigms.panel(group), width)
+        check_words(figure)
+        numbers = {text.get_text(): text for text in figure.axes[0].texts}
+        assert numbers["-2.000"].get_horizontalalignment() == "right" and numbers["1.000"].get_horizontalalignment() == "left"
+        assert numbers["-2.000"].get_window_extent().x1 < numbers["1.000"].get_window_extent().x0
+
+
 def test_the_matrix_is_what_the_answers_say(sweep: Path, group: Group) -> None:
     panel = ranking.panel(group)
     table = next(one for one in panel.tables if one.name == "win_rate_matrix")
