@@ -19,6 +19,7 @@ _FIGURES = {
     "pareto": "Pareto front",
     "timeline": "Which worker ran which trial",
 }
+_SUMMARY = "summary.txt"
 _LARGEST = 1_500_000  # bytes of a figure
 
 
@@ -28,6 +29,7 @@ class StudyPart:
 
     name: str
     anchor: str
+    summary: str
     figures: tuple[tuple[str, str], ...]
     table: Table | None
     lines: tuple[str, ...]
@@ -47,12 +49,18 @@ def part(directory: Path, place: int) -> StudyPart:
             figures.append((title, embedded(path.read_text(encoding="utf-8"), f"{anchor}-{name}")))
         except (OSError, ValueError) as error:
             lines.append(f"{path} is not shown: {error}")
+    summary = ""
+    try:
+        if (directory / _SUMMARY).is_file():
+            summary = (directory / _SUMMARY).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        lines.append(f"{directory / _SUMMARY} can't be read: {error}")
     try:
         table = _trials(directory, anchor)
     except (OSError, ValueError, csv.Error) as error:
         table = None
         lines.append(f"{directory / 'trials.csv'} can't be read: {error}")
-    return StudyPart(directory.name, anchor, tuple(figures), table, tuple(lines))
+    return StudyPart(directory.name, anchor, summary, tuple(figures), table, tuple(lines))
 
 
 def _trials(directory: Path, anchor: str) -> Table:

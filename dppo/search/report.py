@@ -112,7 +112,7 @@ def write(study: Study, objectives: Sequence[str]) -> Report:
     """Write the files of a study and return what is to be printed.
 
     ``trials.csv``; ``best.yaml``, or ``pareto.csv`` for several objectives; ``results.csv`` once there are results;
-    ``plots/``.
+    ``summary.txt``, most of what is printed; ``plots/``.
     """
     found = overview(study, objectives)
     trials, winners = study.trials(), best(study)
@@ -135,7 +135,9 @@ def write(study: Study, objectives: Sequence[str]) -> Report:
     lines += trust.foretold(found)
     lines += trust.noise(study, found)
     metric, results, told = _results(study, objectives)
-    lines += [*told, *_plots(study, found), f"files {study.directory}"]
+    lines += told
+    _write(study.directory / "summary.txt", "\n".join(lines[1:]) + "\n")
+    lines += [*_plots(study, found), f"files {study.directory}"]
     return Report(lines, found, importances, metric, results)
 
 

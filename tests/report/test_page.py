@@ -75,6 +75,7 @@ def test_the_page_of_a_search_in_a_browser(searched: tuple[Path, str], browser: 
         "8 validation prompts, scored by Verifiable",
     ]
     assert page.locator("#search-0 svg").count() >= 3
+    expect(page.locator("#search-0 pre")).to_contain_text("noise between seeds")
     for name in page.locator("nav a").all():
         assert page.locator(str(name.get_attribute("href"))).count() == 1
 

@@ -155,7 +155,8 @@ def test_bars_below_zero_have_their_numbers_on_the_left(tmp_path: Path) -> None:
         figure = drawn(paradigms.panel(group), width)
         check_words(figure)
         numbers = {text.get_text(): text for text in figure.axes[0].texts}
-        assert numbers["-2.000"].get_horizontalalignment() == "right" and numbers["1.000"].get_horizontalalignment() == "left"
+        assert numbers["-2.000"].get_horizontalalignment() == "right"
+        assert numbers["1.000"].get_horizontalalignment() == "left"
         assert numbers["-2.000"].get_window_extent().x1 < numbers["1.000"].get_window_extent().x0
 
 
