@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # A whole run in a second or two: a model of a few thousand parameters, a handful of examples, few resamples.
 SMALL = (
@@ -55,6 +56,23 @@ def small(*overrides: str) -> list[str]:
     return [*overrides, *words]
 
 
+def outside() -> dict[str, str]:
+    """The environment as a user's shell has it: tests of this process may have left W&B's service in its own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+
+
+def once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
+    """A directory that ``build`` fills once for all processes of this test session; nobody may change it."""
+    root = factory.getbasetemp()
+    place = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / f"once-{name}"
+    with FileLock(f"{place}.lock"):
+        if not place.with_suffix(".done").exists():
+            place.mkdir()
+            build(place)
+            place.with_suffix(".done").touch()
+    return place
+
+
 @pytest.fixture
 def dppo(tmp_path: Path) -> Run:
     """Run ``python -m dppo`` in an empty folder as a user would; returns the finished process."""
@@ -66,7 +84,7 @@ def dppo(tmp_path: Path) -> Run:
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={**os.environ, "COLUMNS": "100"},
+            env={**outside(), "COLUMNS": "100"},
         )
 
     return run
@@ -84,7 +102,7 @@ def two_processes(tmp_path: Path) -> Run:
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**outside(), "OMP_NUM_THREADS": "1"},
         )
 
     return run

@@ -113,7 +113,7 @@ def test_simultaneous_intervals_are_wider() -> None:
     assert ratio == pytest.approx(2.576 / 1.960, rel=0.08)  # quantiles .995 and .975 of the normal distribution
 
 
-def test_the_command_on_real_runs(dppo: Run, tmp_path: Path) -> None:
+def test_the_command_on_real_runs(dppo: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dppo("-m", "loss=dpo,unll", "seed=0,1", *small(), "hydra.sweep.dir=sweep").returncode == 0
     command = [sys.executable, "-m", "dppo.compare", "sweep", "--n-bootstrap", "200"]
     done = subprocess.run(
@@ -135,13 +135,15 @@ def test_the_command_on_real_runs(dppo: Run, tmp_path: Path) -> None:
     edits = subprocess.run([*command, "--metric", "after_edit"], cwd=tmp_path, capture_output=True, text=True)
     assert f"The SFT model: {results[0]['after_edit']['reference']['value']:.3f}." in edits.stdout
     check_head_to_head(tmp_path / "sweep" / "0", tmp_path / "sweep" / "2", tmp_path / "two.json")
-    for wrong in (["nowhere"], ["sweep", "--metric", "nope"], ["sweep", "--baseline", "nope"]):
-        refused = subprocess.run(
-            [sys.executable, "-m", "dppo.compare", *wrong], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert refused.returncode == 2
-        assert len(refused.stderr.splitlines()) == 1
-        assert refused.stderr.startswith("error: ")
+    capsys.readouterr()
+    for wrong in (["nowhere"], [str(tmp_path / "sweep"), "--baseline", "nope"]):
+        assert compare.main(wrong) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+    refused = subprocess.run([*command, "--metric", "nope"], cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 1
+    assert refused.stderr.startswith("error: ")
 
 
 def check_head_to_head(first: Path, second: Path, out: Path) -> None:

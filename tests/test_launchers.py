@@ -36,6 +36,7 @@ def test_joblib_and_a_journal(dppo: Run, tmp_path: Path, shared: str) -> None:
     assert (tmp_path / "trials.log").stat().st_size
 
 
+@pytest.mark.slow
 def test_submitit_and_a_server(dppo: Run, tmp_path: Path, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with grpc_server(tmp_path) as url:
         monkeypatch.setenv("DPPO_STORAGE", url)

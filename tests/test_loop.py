@@ -52,6 +52,7 @@ from dppo.losses.sft import SFT
 from dppo.losses.unpaired import KTO
 from dppo.types import EncodedExample, EncodedResponse, LossContext, LossTerms, Objective, ResponseLogps, Role, Shape
 from tests import two_ranks
+from tests.conftest import once
 from tests.losses.pairs import logps
 from tests.running_margin import RunningMargin
 from tests.tiny_models import (
@@ -701,7 +702,7 @@ def interrupt(*signals: signal.Signals) -> None:
         thread.start()
         thread.join()
         # Any thread may receive it, a moment later; two pending signals of one number would count as one.
-        time.sleep(0.2)
+        time.sleep(0.2 if len(signals) < 2 else 2.0)
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
@@ -990,18 +991,20 @@ def test_computed_tokens_by_hand() -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes ended with, all scenarios in one start."""
-    folder = tmp_path_factory.mktemp("two")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*launcher, "-m", "tests.two_ranks", str(folder)],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return folder
+
+    def build(folder: Path) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        finished = subprocess.run(
+            [*launcher, "-m", "tests.two_ranks", str(folder)],
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert finished.returncode == 0, finished.stderr
+
+    return once(tmp_path_factory, "two-ranks", build)
 
 
 @pytest.mark.parametrize("scenario", two_ranks.SCENARIOS)

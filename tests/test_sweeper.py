@@ -165,6 +165,7 @@ def test_an_existing_or_changed_study_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = ["-m", "+sweep=alpha_zeta", "penalty=linear", FIXED, "hydra.sweeper.n_trials=1", *small()]
+    words += ["hydra.sweeper.baselines=[]", "hydra.sweeper.test_seeds=0"]
     assert typed(monkeypatch, tmp_path, *words) == 0
     (trial,) = load(tmp_path, "alpha_zeta").get_trials()
     assert set(trial.params) == {"alpha"}, "zeta shapes another penalty"

@@ -23,7 +23,7 @@ from dppo import config, dashboard, sync
 from dppo.search.summary import RECORD
 from dppo.tracking.uploads import sessions as found_sessions
 from dppo.tracking.weights_and_biases import lock_of
-from tests.conftest import small
+from tests.conftest import once, small
 from tests.tracked_runs import Session, metrics, sessions
 from tests.wandb_server import Received, forget, serve
 
@@ -43,19 +43,21 @@ SEARCH = [
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the search ran."""
-    root = tmp_path_factory.mktemp("study")
-    (root / "home").mkdir()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "dppo", *SEARCH],
-        cwd=root,
-        env={**kept, "HOME": str(root / "home")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return root
+
+    def build(root: Path) -> None:
+        (root / "home").mkdir()
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
+        done = subprocess.run(
+            [sys.executable, "-m", "dppo", *SEARCH],
+            cwd=root,
+            env={**kept, "HOME": str(root / "home")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+
+    return once(tmp_path_factory, "tracked-study", build)
 
 
 @pytest.fixture(scope="module")

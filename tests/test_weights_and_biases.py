@@ -156,6 +156,7 @@ def test_online_asks_nothing_in_a_terminal(dppo: Dppo, address: Callable[[bool],
     check(tmp_path, key=False)
 
 
+@pytest.mark.slow
 def test_offline_needs_neither(dppo: Dppo, address: Callable[[bool], str], tmp_path: Path) -> None:
     done = dppo(*WORDS, env={"WANDB_BASE_URL": address(True), "WANDB_API_KEY": KEY})
     assert done.returncode == 0, done.stderr

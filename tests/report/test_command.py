@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+import dppo.__main__ as entry
 from dppo.report.__main__ import main
-from tests.conftest import Run, small
+from tests.conftest import small
 from tests.report.made_runs import make_run, unll
 
 
@@ -82,22 +84,32 @@ def test_what_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (runs / "report").exists()
 
 
-def test_a_multirun_makes_its_report_also_where_a_job_fails(dppo: Run, tmp_path: Path) -> None:
+def typed(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command line inside this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["dppo", *words])
+    return entry.main()
+
+
+def test_a_multirun_makes_its_report_also_where_a_job_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"prompt": f"Say {n}.", "chosen": f"{n}!", "rejected": "No."} for n in range(200)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = small("report=true", "dataset=pairs_file", "reward=length", "loss=unll", "sft=none", "hydra.sweep.dir=many")
-    done = dppo(*words, "alpha=0,0.01,0.1", "dataset.path=pairs.jsonl,absent.jsonl", "-m")
-    assert done.returncode == 2
-    assert "absent.jsonl" in done.stderr and "Traceback" not in done.stderr
-    assert done.stdout.splitlines()[-1] == "report many/report/report.html"
+    assert typed(tmp_path, monkeypatch, *words, "alpha=0,0.01,0.1", "dataset.path=pairs.jsonl,absent.jsonl", "-m") == 2
+    said = capfd.readouterr()
+    assert "absent.jsonl" in said.err and "Traceback" not in said.err
+    assert said.out.splitlines()[-1] == "report many/report/report.html"
     found = configurations(tmp_path / "many" / "report")
     assert sorted(row["configuration"] for row in found) == ["alpha=0", "alpha=0.01", "alpha=0.1"]
     assert (tmp_path / "many" / "report" / "figures" / "hyperparameter_search.png").exists()
 
 
-def test_no_report_where_none_is_wanted(dppo: Run, tmp_path: Path) -> None:
-    done = dppo(*small("report=true", "loss=dpo", "dry_run=true"), "seed=0,1", "-m")
-    assert done.returncode == 0 and "report.html" not in done.stdout
-    done = dppo(*small("report=false", "loss=none", "hydra.sweep.dir=many"), "seed=0,1", "-m")
-    assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.rglob("report.html"))
+def test_no_report_where_none_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["report=true", "dry_run=true"], ["report=false", "hydra.sweep.dir=many"]):
+        assert typed(tmp_path, monkeypatch, *small("loss=none", *words), "seed=0,1", "-m") == 0
+        assert "report.html" not in capfd.readouterr().out
+    assert list(tmp_path.rglob("result.json")) and not list(tmp_path.rglob("report.html"))

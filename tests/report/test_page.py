@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from dppo.report.making import report
-from tests.conftest import small
+from tests.conftest import once, outside, small
 from tests.report.browser import Opened, running
 from tests.report.made_runs import DPO, make_run, unll
 
@@ -41,15 +40,18 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The report that a small search of the real command line made of itself, and what the search printed."""
-    root = tmp_path_factory.mktemp("search")
-    words = ["-m", "+sweep=alpha", "alpha=tag(log, interval(0.001,1))", "hydra.sweeper.n_trials=3"]
-    words += ["hydra.sweeper.test_seeds=1", "hydra/sweeper/pruner=none", *small("report=true", "loss=unll")]
-    done = subprocess.run(
-        [sys.executable, "-m", "dppo", *words], cwd=root, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return root / "outputs" / "sweeps" / "alpha" / "report" / "report.html", done.stdout
+
+    def build(root: Path) -> None:
+        words = ["-m", "+sweep=alpha", "alpha=tag(log, interval(0.001,1))", "hydra.sweeper.n_trials=3"]
+        words += ["hydra.sweeper.test_seeds=1", "hydra/sweeper/pruner=none", *small("report=true", "loss=unll")]
+        command = [sys.executable, "-m", "dppo", *words]
+        environment = {**outside(), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+        (root / "said.txt").write_text(done.stdout)
+
+    root = once(tmp_path_factory, "search-with-report", build)
+    return root / "outputs" / "sweeps" / "alpha" / "report" / "report.html", (root / "said.txt").read_text()
 
 
 def test_a_search_ends_with_its_report(searched: tuple[Path, str]) -> None:
@@ -206,7 +208,7 @@ def test_damaged_and_unfinished_runs_are_listed(tmp_path: Path, browser: Browser
 
 def test_two_hundred_runs_are_a_small_page(tmp_path: Path, browser: Browser) -> None:
     generator = np.random.default_rng(0)
-    n_prompts = 256
+    n_prompts = 128
     reference = generator.normal(size=n_prompts).tolist()
     for n in range(100):
         for seed in range(2):
