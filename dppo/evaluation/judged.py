@@ -113,8 +113,10 @@ def published_weights(rows: Iterable[Placed], model: str) -> tuple[float, float]
     own = [(place, row) for place, row in found if row[WEIGHT_NAME] == model]
     if len(own) != 1:
         known = ", ".join(str(row[WEIGHT_NAME]) for _, row in found[:5]) + (", ..." if len(found) > 5 else "")
-        times = "no row" if not own else f"{len(own)} rows"
-        raise UserError(f"--model {model}: {times} of the weights are of this model; the first column names {known}")
+        raise UserError(
+            f"--model {model}: the weights need one row of this model and have {len(own)}; "
+            f"their first column names {known}"
+        )
     place, row = own[0]
     return _number(place, DIFFICULTY, row.get(DIFFICULTY)), _number(place, MODEL_WEIGHT, row.get(MODEL_WEIGHT))
 
