@@ -198,7 +198,7 @@ def _table(numbers: Mapping[str, Any]) -> list[str]:
     if numbers["soft"]:
         notes.append("Preferences are soft: a win is one above 1/2; the strict rate counts wins alone.")
     if odd := numbers.get("n_same_answer_other_score"):
-        notes.append(f"On {odd} prompts both answers are the same text with different scores: they count as scored.")
+        notes.append(f"Answers of the same text with different scores, counted as scored: {odd}.")
     return [*lines, *notes]
 
 

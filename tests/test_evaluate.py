@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dppo import evaluate
@@ -201,7 +205,7 @@ def test_published_weights(tmp_path: Path, capsys: Captured) -> None:
         ([{"preference": 2, "len_1": "x", "len_2": 3}], "j.jsonl:1: len_1 is 'x', not a finite number"),
         (
             [judged(2), {"preference": 2, "output_2": "a"}],
-            "j.jsonl:2: has neither len_1 nor the text output_1, and other rows do; fill one in",
+            "j.jsonl:2: has neither len_1 nor output_1, and other rows do; fill one in",
         ),
     ],
 )
@@ -215,6 +219,13 @@ def test_malformed_files_are_one_line(tmp_path: Path, capsys: Captured) -> None:
     half = tmp_path / "half.parquet"
     half.write_bytes(whole.read_bytes()[:-20])
     assert f"{half}: is not a readable parquet file" in complaint(capsys, "--preferences", half)
+    # A byte of a text that is then no UTF-8, which pyarrow finds out only when the text is used.
+    plain = tmp_path / "plain.parquet"
+    pq.write_table(
+        pa.Table.from_pylist([judged(2, own="unmistakable")]), plain, compression="none", use_dictionary=False
+    )
+    plain.write_bytes(plain.read_bytes().replace(b"unmistakable", b"unmist\xffkable"))
+    assert f"{plain}: is not a readable parquet file ('utf-8' codec" in complaint(capsys, "--preferences", plain)
     for name, text, told in (
         ("a.json", '[{"preference": 2}, {"pref', "a.json: is not JSON (Unterminated string"),
         ("b.json", '{"preference": [1, 2]}', "b.json: is not a list of JSON objects with the columns preference"),
@@ -225,6 +236,9 @@ def test_malformed_files_are_one_line(tmp_path: Path, capsys: Captured) -> None:
         ("g.csv", "preference\n", "g.csv: has no rows"),
         ("h.csv", "preference\n2\nno\n", "h.csv:3: preference is 'no', not a finite number"),
         ("i.jsonl", "", "i.jsonl: is empty"),
+        ("l.json", "[" * 10**5, "l.json: holds lists or objects nested too deeply; leave it out"),
+        ("m.jsonl", '{"preference": ' + "1" * 5000 + "}", "m.jsonl:1: holds a number of too many digits; leave it out"),
+        ("n.csv", "preference,output_1,output_2\n2,a,b\n2,,b\n", "n.csv:3: has neither len_1 nor output_1, and other"),
         ("k.txt", "2", "k.txt: unknown format .txt; use .parquet, .jsonl, .csv, .json"),
     ):
         path = tmp_path / name
@@ -263,7 +277,7 @@ def test_scores_of_both_models_in_one_file(ending: str, tmp_path: Path, capsys: 
     # a b a b a b: the 4-grams abab, baba, abab, of which the third stood earlier; the other answers have none.
     assert found["text"]["policy"]["repetition_rate"] == pytest.approx(1 / 9)
     assert found["alpaca_eval"] is None
-    assert "On 1 prompts both answers are the same text with different scores" in capsys.readouterr().out
+    assert "Answers of the same text with different scores, counted as scored: 1." in capsys.readouterr().out
 
 
 def test_two_files_are_joined_by_prompt(tmp_path: Path, capsys: Captured) -> None:
@@ -396,6 +410,26 @@ def test_the_command_as_a_user_runs_it(tmp_path: Path) -> None:
         "  win rate (ties 1/2)           0.500  [0.000, 1.000]",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["j.jsonl", "out.json"]
+
+
+def test_the_commands_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "evaluate.md").read_text()
+    (block,) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
+    (tmp_path / "outputs").mkdir()
+    write_run(tmp_path / "outputs" / "mine", "loss=dpo", seed=0, rewards=[1, -1, 0])
+    pairs = [judged(1.2, generator_2="mine", instruction_difficulty=0.5), judged(2, instruction_difficulty=1.0)]
+    write_json(tmp_path / "annotations.json", pairs)
+    write_parquet(tmp_path / "annotations.parquet", pairs)
+    weights_file(tmp_path).rename(tmp_path / "glm_weights.csv")
+    write_jsonl(tmp_path / "mine.jsonl", [{"prompt": "x", "reward": 1}])
+    write_parquet(tmp_path / "other.parquet", [{"prompt": "x", "reward": 2}])
+    monkeypatch.chdir(tmp_path)
+    assert len(commands) == 6
+    for words in commands:
+        assert words[:3] == ["python", "-m", "dppo.evaluate"]
+        assert evaluate.main(["mine" if word == "NAME" else word for word in words[3:]]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["n"] == 2
 
 
 # --- published numbers ------------------------------------------------------------------------------------------------

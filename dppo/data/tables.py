@@ -71,7 +71,7 @@ def _parquet(file: Path, needed: Sequence[str], optional: Sequence[str]) -> Iter
             for batch in table.iter_batches(batch_size=4096, columns=columns):
                 yield from enumerate(batch.to_pylist(), start=before + 1)
                 before += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: is not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
@@ -84,6 +84,8 @@ def _json_lines(file: Path, needed: Sequence[str], optional: Sequence[str]) -> I
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{file}:{number}: is not JSON ({error.msg} at column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}:{number}: {_beyond_json(error)}") from None
         if not isinstance(row, Mapping):
             raise UserError(f"{file}:{number}: is not a JSON object with the columns {', '.join(needed)}")
         if first:  # later rows may leave a column out, which means null
@@ -98,12 +100,20 @@ def _json_list(file: Path, needed: Sequence[str], optional: Sequence[str]) -> It
     except json.JSONDecodeError as error:
         place = f"{error.msg} at line {error.lineno}, column {error.colno}"
         raise UserError(f"{file}: is not JSON ({place}); a row on each line is .jsonl") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: {_beyond_json(error)}") from None
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise UserError(f"{file}: is not a list of JSON objects with the columns {', '.join(needed)}")
     if rows:  # a row may leave a column out, which means null
         _check_columns(str(file), list(dict.fromkeys(column for row in rows for column in row)), needed)
     for number, row in enumerate(rows, start=1):
         yield number, {column: row.get(column) for column in (*needed, *optional)}
+
+
+def _beyond_json(error: Exception) -> str:
+    """What Python's parser refuses of valid JSON."""
+    what = "lists or objects nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+    return f"holds {what}; leave it out"
 
 
 def _csv(file: Path, needed: Sequence[str], optional: Sequence[str]) -> Iterator[_Numbered]:

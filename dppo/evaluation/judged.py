@@ -24,6 +24,7 @@ PROMPT_COLUMNS = ("prompt_id", "prompt")
 BOTH_REWARDS = ("policy_reward", "reference_reward")
 BOTH_ANSWERS = ("policy_answer", "reference_answer")
 WEIGHT_NAME = ""  # AlpacaEval leaves the column of model names without one
+_EMPTY = ' (an empty answer is "" in JSON; in CSV it is none)'
 MODEL_WEIGHT = "not_gamed_baseline.astype(float)"
 
 
@@ -192,7 +193,7 @@ def _length(place: str, row: Mapping[str, object], which: int) -> float:
     if _empty(row.get(column)) and isinstance(text, str):
         return float(len(text))
     if _empty(row.get(column)):
-        raise UserError(f"{place}: has neither {column} nor the text output_{which}, and other rows do; fill one in")
+        raise UserError(f"{place}: has neither {column} nor output_{which}, and other rows do; fill one in{_EMPTY}")
     found = _number(place, column, row[column])
     if found < 0 or found != int(found):
         raise UserError(f"{place}: {column} is {found:g}; it must be a number of characters, 0 or more")
@@ -205,7 +206,7 @@ def _texts(rows: Iterable[Placed], column: str) -> tuple[str, ...]:
         text = row.get(column)
         if not isinstance(text, str):
             what = "has no" if text is None else "has, in place of text, a number or list as"
-            raise UserError(f'{place}: {what} {column}; fill it in (an empty answer is "" in JSON lines)')
+            raise UserError(f"{place}: {what} {column}; fill it in{_EMPTY}")
         texts.append(text)
     return tuple(texts)
 
