@@ -192,7 +192,7 @@ def test_published_weights(tmp_path: Path, capsys: Captured) -> None:
         ([judged(math.inf)], "j.jsonl:1: preference is inf, not a finite number"),
         ([judged(10**400)], "not a finite number"),
         ([{"choice": 1}], "j.jsonl:1: has no column preference; found choice, needed preference"),
-        ([judged(None), judged(None)], "no row has a preference; all 2 are null"),
+        ([judged(None), judged(None)], "j.jsonl: no row of 2 has a preference; fill some in, from 1 to 2"),
         (
             [judged(2, prompt_id="a"), judged(1, prompt_id="a")],
             "j.jsonl:2: prompt_id 'a' comes twice, first at",

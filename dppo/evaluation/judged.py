@@ -61,7 +61,7 @@ class ScoredAnswers:
 
 
 def judged_pairs(rows: Iterable[Placed], *, with_difficulty: bool = False) -> JudgedPairs:
-    """Pairs from rows in AlpacaEval's columns.
+    """Pairs from rows in AlpacaEval's columns, at least one.
 
     ``preference`` is 1 where output_1 is better, 2 where output_2 is, anything between for soft preferences; 0 means a
     tie, as in AlpacaEval, and null (or NaN) no judgement: such rows are dropped and counted. Lengths are ``len_1`` and
@@ -79,10 +79,9 @@ def judged_pairs(rows: Iterable[Placed], *, with_difficulty: bool = False) -> Ju
         if (preference := _preference(place, row.get("preference"))) is not None
     ]
     if not kept:
-        where = placed[0][0] if placed else "the file"
-        raise UserError(f"{where}: no row has a preference; all {len(placed)} are null")
+        raise UserError(f"{_file(placed)}: no row of {len(placed)} has a preference; fill some in, from 1 to 2")
     judged = [(place, row) for place, row, _ in kept]
-    measured = any(row.get(column) is not None for _, row in judged for column in ("len_2", "output_2"))
+    measured = not all(_empty(row.get(column)) for _, row in judged for column in ("len_2", "output_2"))
     texts = all(isinstance(row.get(column), str) for _, row in judged for column in ("output_1", "output_2"))
     own = [_length(place, row, 2) for place, row in judged] if measured else []
     other = [_length(place, row, 1) for place, row in judged] if measured else []
