@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dppo.types import WinRate
+from dppo.types import Json, WinRate
 
 Array = npt.NDArray[np.float64]
 _MOST_KEPT = 1 << 24  # counts, of four bytes
@@ -55,8 +55,15 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 def win_rate(policy: Sequence[float], reference: Sequence[float], *, n_bootstrap: int, seed: int) -> WinRate:
     """The win rate of one run on P prompts, from both models' rewards."""
-    found = outcomes(policy, reference)
-    n, wins, ties = len(found), int((found == 1).sum()), int((found == 0.5).sum())
+    return win_rate_of(outcomes(policy, reference), n_bootstrap=n_bootstrap, seed=seed)
+
+
+def win_rate_of(found: Array, *, n_bootstrap: int, seed: int) -> WinRate:
+    """The win rate from (P,) outcomes in [0, 1]; a soft one, as a judge's log-probs give, is won above 1/2.
+
+    ``value`` is then the mean preference; wins, ties and the strict rate count what is above, at and below 1/2.
+    """
+    n, wins, ties = len(found), int((found > 0.5).sum()), int((found == 0.5).sum())
     interval = crossed_rate(found[None], n_bootstrap=n_bootstrap, seed=seed)
     strict_low, strict_high = wilson(wins, n)
     return WinRate(
@@ -70,6 +77,22 @@ def win_rate(policy: Sequence[float], reference: Sequence[float], *, n_bootstrap
         wins=wins,
         ties=ties,
     )
+
+
+def compared_rewards(policy: Sequence[float], reference: Sequence[float], *, n_bootstrap: int, seed: int) -> Json:
+    """Both models' mean reward and the policy's gain on P prompts, with intervals, and the shares below 0."""
+    own, other = np.asarray(policy, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+
+    def mean(values: Array) -> Json:
+        interval = crossed_mean(values[None], n_bootstrap=n_bootstrap, seed=seed)
+        return {"value": interval.value, "ci_low": interval.low, "ci_high": interval.high}
+
+    return {
+        "policy": mean(own),
+        "reference": mean(other),
+        "delta": mean(own - other),
+        "negative_share": {"policy": float((own < 0).mean()), "reference": float((other < 0).mean())},
+    }
 
 
 def crossed_mean(values: Array, *, n_bootstrap: int, seed: int) -> Interval:

@@ -13,7 +13,7 @@ import numpy as np
 from dppo.artifacts import Build, Slot
 from dppo.config import EvaluationSettings
 from dppo.data.ids import content_hash
-from dppo.evaluation.win_rates import crossed_mean, win_rate
+from dppo.evaluation.win_rates import compared_rewards, win_rate
 from dppo.stages.workbench import WORK
 from dppo.types import Artifact, Generation, Prompt
 
@@ -52,26 +52,10 @@ def compare(
     slot = compare_slot(bench, prompts, parents, settings)
 
     def build(started: Build) -> None:
-        own, other = np.asarray(policy[2]), np.asarray(reference[2])
-
-        def mean(values: Any) -> dict[str, float]:
-            interval = crossed_mean(
-                np.asarray(values, dtype=np.float64)[None],
-                n_bootstrap=settings.n_bootstrap,
-                seed=settings.bootstrap_seed,
-            )
-            return {"value": interval.value, "ci_low": interval.low, "ci_high": interval.high}
-
+        intervals = {"n_bootstrap": settings.n_bootstrap, "seed": settings.bootstrap_seed}
         result = {
-            "win_rate": asdict(
-                win_rate(policy[2], reference[2], n_bootstrap=settings.n_bootstrap, seed=settings.bootstrap_seed)
-            ),
-            "reward": {
-                "policy": mean(own),
-                "reference": mean(other),
-                "delta": mean(own - other),
-                "negative_share": {"policy": float((own < 0).mean()), "reference": float((other < 0).mean())},
-            },
+            "win_rate": asdict(win_rate(policy[2], reference[2], **intervals)),
+            "reward": compared_rewards(policy[2], reference[2], **intervals),
             "length": {"policy": _lengths(prompts, policy[1]), "reference": _lengths(prompts, reference[1])},
             "n_prompts": len(prompts),
         }
