@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import dppo.__main__ as entry
-from dppo import cache, compare, dashboard, methods, sync
+from dppo import cache, compare, dashboard, evaluate, methods, sync
 from dppo.config import CONF_DIR
 from dppo.report import __main__ as report
 from tests.conftest import small
@@ -55,16 +55,25 @@ def test_every_command_runs(
     (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranked))
     labelled = [{"prompt": f"Say {n}.", "completion": f"{n}!", "label": n % 2 == 0} for n in range(300)]
     (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    judged = [{"instruction": f"Say {n}.", "preference": 1 + n % 2, "len_1": 9, "len_2": 5 + n} for n in range(8)]
+    (tmp_path / "annotations.json").write_text(json.dumps(judged))
+    for name in ("mine", "other"):
+        scored = [{"prompt": f"Say {n}.", "reward": n * len(name)} for n in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
     (tmp_path / "outputs" / "cache").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     _, _, module, *words = shlex.split(command)
-    if module in ("dppo.compare", "dppo.report") or any(word.startswith("init_from=") for word in words):
+    if (
+        module in ("dppo.compare", "dppo.report")
+        or "outputs/mine" in words
+        or any(word.startswith("init_from=") for word in words)
+    ):
         for name in ("mine", *(["other"] if "outputs/other" in words else [])):
             monkeypatch.setattr(sys, "argv", ["dppo", *small("loss=dpo", f"hydra.run.dir=outputs/{name}")])
             assert entry.main() == 0
     if module != "dppo":
         commands = {"cache": cache.main, "compare": compare.main, "methods": methods.main}
-        commands |= {"report": report.main, "sync": sync.main, "dashboard": dashboard.main}
+        commands |= {"report": report.main, "sync": sync.main, "dashboard": dashboard.main, "evaluate": evaluate.main}
         status = commands[module.partition(".")[2]](words)
     else:
         monkeypatch.setattr(sys, "argv", ["dppo", *reduced(words)])
