@@ -43,6 +43,9 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             return status
         except UserError as error:
             return complain(str(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
         except BrokenPipeError:
             # What is still buffered has no reader: the flush at exit would complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import sys
@@ -67,8 +68,15 @@ def _compared(given: Mapping[str, str]) -> Compared:
             raise UserError(
                 f"study={study}: this directory has no {_RECORD}, so it is no study's; give the study's name"
             )
-        project = given.get("project") or _default("project")
-        return Compared(study, study, given.get("entity"), project, _USUAL, (), None)
+        if "project" not in given:
+            known = sorted(path.parent.name for path in _STUDIES.glob(f"*/{_RECORD}"))
+            near = difflib.get_close_matches(study, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"study={study}: there is no such study in {_STUDIES}.{hint} For one whose files are elsewhere give "
+                "its W&B project too (project=...)"
+            )
+        return Compared(study, study, given.get("entity"), given["project"], _USUAL, (), None)
     record = _record(directory / _RECORD)
     tracking = record["tracking"]
     project = given.get("project") or tracking.get("project")
@@ -83,12 +91,6 @@ def _compared(given: Mapping[str, str]) -> Compared:
         objectives=record["objectives"],
         baseline=next(_run_ids(directory / "baselines" / _SFT), None),
     )
-
-
-def _default(key: str) -> str:
-    import yaml
-
-    return str(yaml.safe_load((CONF_DIR / "tracking" / "wandb.yaml").read_text("utf-8"))[key])
 
 
 def _record(path: Path) -> dict[str, Any]:

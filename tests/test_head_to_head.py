@@ -80,15 +80,14 @@ def test_values_by_hand(tmp_path: Path) -> None:
 
 
 def test_p_values_are_adjusted_over_all_tests_of_the_page(tmp_path: Path) -> None:
-    """A wins everywhere: the smallest p values are those of tests whose resamples all agree, 0 or 2 / 501, times 8."""
+    """A wins everywhere: the smallest p value is that of tests whose resamples all agree, 2 / 501, times 8 of them."""
     write_run(tmp_path / "a", "loss=dpo", seed=0, rewards=[1.0] * 40, answers=["x"] * 40)
     write_run(tmp_path / "b", "loss=unll", seed=0, rewards=[-1.0] * 40, answers=["x"] * 40)
     found = fought((tmp_path / "a", tmp_path / "b"))
     assert found.duel is not None
-    # Win rate, strict, reward, negative share, accuracy and log p behind the edit have p = 0; the duel's turn is next.
-    assert found.duel.p == pytest.approx(2 * 2 / 501)
+    assert found.duel.p == pytest.approx(8 * 2 / 501)
     assert line(found, "answer characters").p == 1.0
-    assert line(found, "reward").p == 0.0
+    assert line(found, "reward").p == pytest.approx(8 * 2 / 501)
 
 
 def test_differences_of_settings() -> None:

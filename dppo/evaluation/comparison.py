@@ -32,10 +32,12 @@ from dppo.evaluation.win_rates import (
 
 # Settings that tell runs of one configuration apart, or have no influence on results.
 _NOT_COMPARED = ("seed", "cache", "device", "tracking", "objectives", "report", "dry_run")
+# Root values stand once more where they are used: a default that was typed makes no other configuration.
+_ROOTS = ("alpha", "beta", "zeta", "penalty")
 _PRESETS = ("experiment", "sweep")
 _INTERIM = "interim"  # of evaluation: what is measured on the way changes no result
 # Beside them: what never changes a number, and root values that are shown where they are used (loss.alpha).
-_NOT_SHOWN = (*_NOT_COMPARED[1:], "hydra", "allowed_targets", "alpha", "beta", "zeta", "penalty")
+_NOT_SHOWN = (*_NOT_COMPARED[1:], *_ROOTS, "hydra", "allowed_targets")
 METRICS = {
     "win_rate": "win rate against SFT, ties 1/2",
     "reward": "mean reward",
@@ -74,7 +76,7 @@ def configurations(runs: Sequence[Run]) -> list[Configuration]:
     """Runs by configuration, each labelled by the words that not all of them share; the newest run of a seed counts."""
     groups: dict[str, Configuration] = {}
     for run in sorted(runs, key=lambda run: (run.path / "result.json").stat().st_mtime):
-        compared = {key: value for key, value in run.settings.items() if key not in _NOT_COMPARED}
+        compared = {key: value for key, value in run.settings.items() if key not in (*_NOT_COMPARED, *_ROOTS)}
         if isinstance(measured := compared.get("evaluation"), Mapping):
             compared["evaluation"] = {name: value for name, value in measured.items() if name != _INTERIM}
         key = json.dumps(compared, sort_keys=True)
@@ -197,7 +199,9 @@ def _telling_words(run: Run) -> list[str]:
         return word.lstrip("+").partition("=")[0].split(".")[0]
 
     words = [word for word in run.words if key(word) not in (*_NOT_COMPARED, "hydra")]
-    return [word for word in words if not word.lstrip("+").startswith(f"evaluation.{_INTERIM}.")]
+    # Configurations that are compared answered the same prompts: the split tells them not apart.
+    beside = (f"evaluation.{_INTERIM}.", "evaluation.split=")
+    return [word for word in words if not word.lstrip("+").startswith(beside)]
 
 
 def compare_runs(

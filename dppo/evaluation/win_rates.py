@@ -119,15 +119,16 @@ def paired_difference(
 ) -> tuple[Interval, float]:
     """Mean of ``first - second``, both (S, P) on the same seeds and prompts, with its interval and two-sided p.
 
-    p = 2 min(share of resampled differences <= 0, share >= 0), at most 1. The interval has level 1 - .05 /
-    ``comparisons``: that of all comparisons of a report together is then at least 95 % (Bonferroni).
+    p = 2 min(share of resampled differences <= 0, share >= 0), at most 1, where what was observed counts as one more
+    resample: no finite number of them can show that p is 0. The interval has level 1 - .05 / ``comparisons``: that of
+    all comparisons of a report together is then at least 95 % (Bonferroni).
     """
     if first.shape != second.shape:
         raise ValueError(f"paired outcomes need the same seeds and prompts, got {first.shape} and {second.shape}")
     means = _crossed_bootstrap(first - second, n_bootstrap, seed)
     tail = 0.025 / comparisons
     low, high = (float(bound) for bound in np.quantile(means, [tail, 1 - tail]))
-    p = 2 * min(float((means <= 0).mean()), float((means >= 0).mean()))
+    p = 2 * (min(int((means <= 0).sum()), int((means >= 0).sum())) + 1) / (n_bootstrap + 1)
     return Interval(float((first - second).mean()), low, high), min(1.0, p)
 
 

@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--n-bootstrap", type=int, default=10_000, help="resamples of prompts and seeds")
     parser.add_argument("--title", help="the heading of the page (default: the names of the directories)")
     arguments = parser.parse_args(argv)
-    if arguments.n_bootstrap < 1:
-        raise UserError(f"--n-bootstrap {arguments.n_bootstrap}: must be at least 1")
+    if arguments.n_bootstrap < 100:
+        raise UserError(f"--n-bootstrap {arguments.n_bootstrap}: must be at least 100")
     output = arguments.output or arguments.paths[0] / "report"
     page = report(
         arguments.paths,

@@ -15,7 +15,7 @@ import numpy as np
 from dppo.data.ids import content_hash
 from dppo.dotted import leaves
 from dppo.errors import UserError
-from dppo.evaluation.comparison import METRICS, Configuration, Line, compare_runs, configurations
+from dppo.evaluation.comparison import METRICS, PAIR_METRICS, Configuration, Line, compare_runs, configurations
 from dppo.evaluation.runs import Broken, Run
 from dppo.evaluation.win_rates import Array, Interval, crossed_mean
 from dppo.results import command_line
@@ -250,6 +250,8 @@ def _group(
     split = str(whole.result.get("split", "test"))
     reward = _class(whole.settings.get("reward"))
     title = f"{len(prompts):,} {split} prompts, scored by {reward}"
+    if metric in PAIR_METRICS:
+        title = f"{lines[0].n:,} held-out {split} pairs"
     base_entry = next(entry for entry in entries if entry.label == base.label)
     return Group(title, split, prompts, metric, tuple(entries), base_entry)
 

@@ -95,11 +95,14 @@ def find(group: Group) -> Search | None:
     best = inside[0]  # entries come best first
     tried = [number(entry, key) for entry in inside]
     ends = {number(best, key) == min(tried): "lower", number(best, key) == max(tried): "upper"}
+    levels = _levels(group, inside, key)
+    if any(number(level, key) == 0 for level in levels):
+        ends.pop(True, None) if ends.get(True) == "lower" else None
     return Search(
         tuple(several),
         log,
         {name: tuple(sorted(found, key=lambda one: number(one, key))) for name, found in lines.items()},
-        _levels(group, inside, key),
+        levels,
         best,
         ends.get(True),
     )

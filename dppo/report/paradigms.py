@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dppo.evaluation.comparison import shown_p
 from dppo.evaluation.win_rates import Interval
-from dppo.report.drawing import COLOURS, INK, MUTED, grid, legend, lines_of, new_figure, tip
+from dppo.report.drawing import COLOURS, INK, MUTED, grid, legend, lines_of, new_figure, short, tip
+from dppo.report.efficiency import n_pairs
 from dppo.report.evidence import SFT, Entry, Group, phases, sentence, shown, words_without
 from dppo.report.panel import Panel
 from dppo.report.table import Column, Table
@@ -32,17 +33,28 @@ def panel(group: Group) -> Panel:
     families: dict[str, list[Entry]] = {}
     for entry in group.entries:
         families.setdefault(entry.method, []).append(entry)
-    best = [members[0] for members in families.values()][:_MOST]  # entries come best first
-    chosen = sum(len(members) > 1 for members in families.values())
-    lead = f"{sentence(group.name)} of {len(best)} training paradigms on {group.title}; whiskers are 95 % intervals."
+    # More data is another paradigm's advantage: the best of those that trained on as much as the baseline.
+    size = n_pairs(group.baseline)
+    equal = {
+        name: [one for one in members if n_pairs(one) in (size, None)] or members for name, members in families.items()
+    }
+    best = sorted((members[0] for members in equal.values()), key=lambda entry: -entry.value.value)[:_MOST]
+    chosen = sum(len(members) > 1 for members in equal.values())
+    unequal = sum(n_pairs(entry) not in (size, None) for entry in best)
+    what = "training paradigm" if len(best) == 1 else "training paradigms"
+    lead = f"{sentence(group.name)} of {len(best)} {what} on {group.title}; whiskers are 95 % intervals."
     if chosen:
         lead += (
-            f" A family with several configurations ({chosen} here) shows its best one, chosen on these very prompts: "
-            "that flatters families with many."
+            f" {chosen} of them had several configurations and show their best, chosen on these very prompts: that "
+            "flatters those with many. Its name stands below."
         )
+    if any(len(equal[name]) < len(families[name]) for name in families):
+        lead += f" Only configurations trained on {size:,} examples, as many as the baseline, are meant."
+    if unequal:
+        lead += f" {unequal} of them trained on another number of examples than the baseline."
     rows = tuple(
         (
-            entry.method, entry.label, len(families[entry.method]), len(entry.line.seeds), entry.line.n, entry.value,
+            entry.method, entry.label, len(equal[entry.method]), len(entry.line.seeds), entry.line.n, entry.value,
             entry.line.difference, shown_p(entry.line.p),
         )
         for entry in best
@@ -63,7 +75,7 @@ def panel(group: Group) -> Panel:
         "paradigms",
         "Training paradigms",
         lead,
-        lambda width: _draw(group, best, width),
+        lambda width: _draw(group, best, {entry: len(equal[entry.method]) for entry in best}, width),
         "; ".join(f"{entry.method} {shown(entry.value)}" for entry in best),
         (table,),
         missing,
@@ -95,8 +107,12 @@ def _kind(entry: Entry) -> str:
     return "penalty on y_gen" if "penalty" in (phase.get("loss") or {}) else "other losses"
 
 
-def _draw(group: Group, best: Sequence[Entry], width: float) -> Figure:
-    names = [lines_of(entry.method, 20 if width < 5 else 34) for entry in best]
+def _draw(group: Group, best: Sequence[Entry], of: Mapping[Entry, int], width: float) -> Figure:
+    letters = 20 if width < 5 else 34
+    names = [lines_of(entry.method, letters) for entry in best]
+    for at, entry in enumerate(best):
+        if of[entry] > 1:
+            names[at] += f"\n{short(entry.label, letters - 10)}, best of {of[entry]}"
     rows = len(best)
     if group.metric == "win_rate" and not any(entry.is_sft for entry in best):
         names.append(f"{SFT}\n(by construction)")

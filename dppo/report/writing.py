@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from dppo import __version__
@@ -37,8 +38,11 @@ def write(evidence: Evidence, directory: Path, *, title: str) -> Path:
 
     Raises UserError if the directory can't be written to.
     """
-    with disk_errors(directory):
+    new = not directory.exists()
+    with disk_errors(directory), ExitStack() as undo:
         directory.mkdir(parents=True, exist_ok=True)
+        if new:  # an interrupted report leaves nothing
+            undo.callback(directory.rmdir)
         with tempfile.TemporaryDirectory(prefix=".report-", dir=directory) as scratch:
             made = Path(scratch)
             page = _page(evidence, made, title)
@@ -46,6 +50,7 @@ def write(evidence: Evidence, directory: Path, *, title: str) -> Path:
                 for kind, text in (("csv", table.csv()), ("md", table.markdown()), ("tex", table.latex())):
                     _text(made / "tables" / f"{table.name}.{kind}", text)
             _text(made / PAGE, render(page))
+            undo.pop_all()
             for name in _OWN:
                 _replace(made / name, directory / name)
     return directory / PAGE
@@ -149,9 +154,10 @@ def _subtitle(evidence: Evidence) -> tuple[str, ...]:
     for group in evidence.groups:
         runs = sum(len(entry.configuration.runs) for entry in group.entries)
         seeds = {seed for entry in group.entries for seed in entry.configuration.runs}
+        told = ", ".join(map(str, sorted(seeds)))
         lines.append(
-            f"{len(group.entries)} configuration{'s' if len(group.entries) > 1 else ''}, {runs} runs, seeds "
-            f"{', '.join(map(str, sorted(seeds)))}, {group.title}"
+            f"{_several(len(group.entries), 'configuration')}, {_several(runs, 'run')}, "
+            f"{_several(len(seeds), 'seed')} ({told}), {group.title}"
         )
     return tuple(lines)
 
@@ -184,16 +190,21 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
 def _cards(group: Group) -> tuple[Card, ...]:
     best, base = group.best, group.baseline
     name = NAMES[group.metric]
-    cards = [_card(f"Best {name}", best)]
+    among = f" of {len(group.entries)}" if len(group.entries) > 1 else ""
+    cards = [_card(f"Best {name}{among}", best)]
+    other = best
     if best is not base:
         cards.append(_card("Baseline", base))
-    if (difference := best.line.difference) is not None:
+    elif len(group.entries) > 1:
+        other = group.entries[1]
+        cards.append(_card("Next, behind the baseline", other))
+    if (difference := other.line.difference) is not None:
         clear = difference.low > 0 or difference.high < 0
         cards.append(
             Card(
-                "Best minus baseline",
+                "Best minus baseline" if other is best else "Next minus baseline",
                 f"{difference.value:+.3f}",
-                f"[{difference.low:+.3f}, {difference.high:+.3f}], p {_equals(shown_p(best.line.p))} (Holm)"
+                f"[{difference.low:+.3f}, {difference.high:+.3f}], p {_equals(shown_p(other.line.p))} (Holm)"
                 + ("" if clear else ": they can't be told apart"),
             )
         )
@@ -208,6 +219,10 @@ def _card(name: str, entry: Entry) -> Card:
     return Card(name, value, f"{bounds}, n = {entry.line.n:,} x {seeds} seed{'s' if seeds > 1 else ''}: {entry.label}")
 
 
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def _equals(p: str) -> str:
     return p if p.startswith("<") else f"= {p}"
 
@@ -215,11 +230,12 @@ def _equals(p: str) -> str:
 def _comparison(group: Group, place: int) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for entry in group.entries:
-        seeds = ", ".join(map(str, entry.line.seeds))
+        seeds = f"{len(entry.line.seeds)} ({', '.join(map(str, entry.line.seeds))})"
         diverged = f" ({len(entry.line.diverged)} diverged)" if entry.line.diverged else ""
         rows.append(
             (
-                entry.label, entry.value, entry.line.difference, shown_p(entry.line.p), entry.line.n,
+                entry.label, entry.value, entry.line.difference, shown_p(entry.line.p),
+                entry.line.n_common if entry.line.difference is not None else None, entry.line.n,
                 seeds + diverged, entry.method, entry.mean_reward() if entry.measured else None,
                 entry.number("kl.nats_per_answer"),
                 entry.number("length.policy.tokens"), entry.number("held_out.accuracy"),
@@ -231,12 +247,13 @@ def _comparison(group: Group, place: int) -> Table:
         group.title[0].upper() + group.title[1:],
         (
             Column("configuration", code=True), Column(group.name), Column("difference", sign=True), Column("p"),
-            Column("n"), Column("seeds"), Column("method"), Column("reward"),
+            Column("over seeds"), Column("n"), Column("seeds"), Column("method"), Column("reward"),
             Column("KL, nats an answer", digits=2), Column("answer tokens", digits=1), Column("held-out accuracy"),
         ),
         tuple(rows),
         f"{METRICS[group.metric]}; 95 % intervals over seeds and prompts. Differences are to {group.baseline.label}, "
-        "paired over common seeds, with simultaneous 95 % intervals; p is Holm's over all comparisons of this table."
+        "paired over the seeds that both have, with simultaneous 95 % intervals (Bonferroni's); p is Holm's over all "
+        "comparisons of this table. Fewer than five seeds make both too confident about other seeds."
         + (" KL, tokens and accuracy: means over seeds with their range." if several else ""),
     )  # fmt: skip
 

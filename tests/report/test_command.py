@@ -36,7 +36,7 @@ def test_the_report_lies_beside_the_runs(runs: Path, capsys: pytest.CaptureFixtu
     assert (first["configuration"], first["win rate against SFT"]) == ("loss=unll", "1")
     assert (second["configuration"], second["win rate against SFT"]) == ("loss=dpo", "0.75")
     assert (first["difference"], second["difference"]) == ("0.25", "")
-    assert first["n"] == "4" and first["seeds"] == "0, 1"
+    assert first["n"] == "4" and first["seeds"] == "2 (0, 1)"
 
 
 def test_the_baseline_metric_title_and_place_can_be_chosen(runs: Path, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_what_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no finished run" in refused([str(tmp_path / "empty")], capsys)
     said = refused([str(runs), "--baseline", "loss=ipo"], capsys)
     assert "--baseline loss=ipo" in said and "loss=dpo" in said and "loss=unll" in said
-    assert "--n-bootstrap 0: must be" in refused([str(runs), "--n-bootstrap", "0"], capsys)
+    assert "--n-bootstrap 99: must be" in refused([str(runs), "--n-bootstrap", "99"], capsys)
     assert "accuracy" in refused([str(runs), "--metric", "accuracy"], capsys)
     (tmp_path / "file").write_text("")
     assert "file" in refused([str(runs), "--output", str(tmp_path / "file" / "below")], capsys)

@@ -70,8 +70,10 @@
     const status = $("status").value;
     let shown = 0;
     for (const row of runs) {
-      const text = row.textContent.toLowerCase();
-      const fits = words.every((word) => text.includes(word)) && (!status || row.cells[2].textContent === status);
+      const text = [...row.cells].map((cell) => cell.textContent.toLowerCase()).join(" ");
+      const own = text.split(/\s+/);
+      // alpha=0 is not alpha=0.1.
+      const fits = words.every((word) => (word.includes("=") ? own.includes(word) : text.includes(word))) && (!status || row.cells[2].textContent === status);
       row.hidden = !fits;
       shown += fits;
     }
