@@ -337,6 +337,7 @@ def test_a_name_alone_is_enough(copied: Path, capsys: pytest.CaptureFixture[str]
     [
         (["project=x"], "error: study: missing"),
         (["study=tiny", "colour=red"], "error: colour=red: write study=NAME"),
+        (["study=tinny"], "error: study=tinny: there is no such study in outputs/sweeps. Did you mean tiny? For one"),
         (["study=outputs"], "error: study=outputs: this directory has no study.json"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dppo.__main__ as entry
+from dppo.report import writing
 from dppo.report.__main__ import main
 from tests.conftest import small
 from tests.report.made_runs import make_run, unll
@@ -81,6 +82,18 @@ def test_what_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "accuracy" in refused([str(runs), "--metric", "accuracy"], capsys)
     (tmp_path / "file").write_text("")
     assert "file" in refused([str(runs), "--output", str(tmp_path / "file" / "below")], capsys)
+    assert not (runs / "report").exists()
+
+
+def test_an_interrupted_report_leaves_nothing_and_no_traceback(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(page: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing, "render", interrupt)
+    assert main([str(runs), "--n-bootstrap", "200"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
     assert not (runs / "report").exists()
 
 
