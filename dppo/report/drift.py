@@ -121,7 +121,7 @@ def _missing(group: Group, found: Mapping[Entry, _Drift]) -> tuple[str, str]:
         if train.get("evaluate_every") is None:
             key = "train.evaluate_every" if not run.settings.get("phases") else f"phases.{name}.train.evaluate_every"
             steps = train.get("steps")
-            words = [word for word in words if word.lstrip("+").partition("=")[0] != key]
+            words = words_without(words, key)
             words.append(f"{key}={max(1, steps // 8) if isinstance(steps, int) else 50}")
     return why, command_line([*words, f"seed={run.seed}"])
 

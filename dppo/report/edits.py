@@ -100,7 +100,7 @@ def _missing(group: Group, read: Mapping[Entry, _Tokens]) -> tuple[str, str]:
     run = without[0].run
     words = words_without(run.words, "seed")
     if (run.settings.get("evaluation") or {}).get("n_pairs") == 0:
-        words = [*(word for word in words if not word.startswith("evaluation.n_pairs=")), "evaluation.n_pairs=256"]
+        words = [*words_without(words, "evaluation.n_pairs"), "evaluation.n_pairs=256"]
     return f"{several} log-probs of held-out pairs", command_line([*words, f"seed={run.seed}"])
 
 

@@ -42,7 +42,7 @@ def find(group: Group) -> dict[str, list[tuple[int, Entry]]]:
     lines: dict[str, list[tuple[int, Entry]]] = {}
     for entry in group.entries:
         if entry.measured and (count := n_pairs(entry)) is not None:
-            words = [word for word in entry.label.split() if word.lstrip("+").partition("=")[0] not in _SIZES]
+            words = words_without(entry.label.split(), *_SIZES)
             lines.setdefault(" ".join(words) or entry.method, []).append((count, entry))
     for points in lines.values():
         points.sort(key=lambda point: point[0])

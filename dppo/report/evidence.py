@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dppo.config import key_of
 from dppo.data.ids import content_hash
 from dppo.dotted import leaves
 from dppo.errors import UserError
@@ -67,15 +68,15 @@ class Entry:
         """Its first seed's."""
         return next(run for _, run in sorted(self.configuration.runs.items()))
 
+    @cached_property
+    def flat(self) -> dict[str, Any]:
+        """Its settings by their dotted names."""
+        return leaves(self.settings)
+
     @property
     def is_sft(self) -> bool:
         """Whether nothing was trained on preferences: the SFT model against itself."""
         return self.method == SFT
-
-    @property
-    def outcomes(self) -> Array:
-        """(S, P) of the policy against the reference: win 1, tie 1/2, loss 0."""
-        return np.array([(np.sign(one.policy - one.reference) + 1) / 2 for one in self.measured.values()])
 
     @property
     def rewards(self) -> Array:
@@ -92,25 +93,14 @@ class Entry:
         return crossed_mean(self.rewards, n_bootstrap=2000, seed=0)
 
     def number(self, path: str) -> Interval | None:
-        """A number of ``result.json``: over several seeds their mean and range, of one its own interval if it has one.
-
-        None where a run has no such number.
-        """
-        values = []
-        for run in self.runs.values():
-            found: Any = run.result
-            for key in path.split("."):
-                found = found.get(key) if isinstance(found, Mapping) else None
-            if not isinstance(found, (int, float, Mapping)):
-                return None
-            values.append(found)
-        if not values:
+        """A number of ``result.json``: over several seeds their mean and range; None where a run has no such number."""
+        found = [run.number(path) for run in self.runs.values()]
+        values = [value for value in found if value is not None]
+        if not values or len(values) < len(found):
             return None
-        numbers = [float(one["value"] if isinstance(one, Mapping) else one) for one in values]
         if len(values) == 1:
-            bounds = values[0] if isinstance(values[0], Mapping) else {}
-            return Interval(numbers[0], bounds.get("ci_low", np.nan), bounds.get("ci_high", np.nan))
-        return Interval(float(np.mean(numbers)), min(numbers), max(numbers))
+            return Interval(values[0], np.nan, np.nan)
+        return Interval(float(np.mean(values)), min(values), max(values))
 
 
 @dataclass(eq=False)
@@ -136,15 +126,10 @@ class Group:
     @cached_property
     def varying(self) -> tuple[str, ...]:
         """The dotted keys of the settings in which the entries differ."""
-        flat = [leaves(entry.settings) for entry in self.entries]
+        flat = [entry.flat for entry in self.entries]
         keys = dict.fromkeys(key for one in flat for key in one)
         missing = object()
         return tuple(key for key in keys if len({repr(one.get(key, missing)) for one in flat}) > 1)
-
-    def sft_reward(self) -> Interval:
-        """The mean reward of the SFT model, over the prompts."""
-        one = next(measured for entry in self.entries for measured in entry.measured.values())
-        return crossed_mean(one.reference[None], n_bootstrap=2000, seed=0)
 
 
 @dataclass(frozen=True)
@@ -331,12 +316,12 @@ def _class(settings: Any) -> str:
 
 def words_without(words: Sequence[str], *keys: str) -> list[str]:
     """A command's words without those that give one of ``keys`` a value."""
-    return [word for word in words if word.lstrip("+").partition("=")[0] not in keys]
+    return [word for word in words if key_of(word) not in keys]
 
 
 def preset(words: Sequence[str]) -> str | None:
     """The search whose preset these words ask for."""
-    return next((word.partition("=")[2] for word in words if word.lstrip("+").startswith("sweep=")), None)
+    return next((word.partition("=")[2] for word in words if key_of(word) == "sweep"), None)
 
 
 def again(entry: Entry) -> str:

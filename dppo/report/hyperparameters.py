@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dppo.dotted import leaves
 from dppo.report.drawing import (
     INK,
     MUTED,
@@ -63,7 +62,7 @@ class Search:
 
 def number(entry: Entry, key: str) -> float:
     """The value of a setting; NaN for what is no number."""
-    found = leaves(entry.settings).get(key)
+    found = entry.flat.get(key)
     return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else math.nan
 
 
@@ -94,17 +93,17 @@ def find(group: Group) -> Search | None:
         lines.setdefault(_line_name(entry, several), []).append(entry)
     best = inside[0]  # entries come best first
     tried = [number(entry, key) for entry in inside]
-    ends = {number(best, key) == min(tried): "lower", number(best, key) == max(tried): "upper"}
     levels = _levels(group, inside, key)
-    if any(number(level, key) == 0 for level in levels):
-        ends.pop(True, None) if ends.get(True) == "lower" else None
+    beyond = any(number(level, key) == 0 for level in levels)  # below the least positive value
+    x = number(best, key)
+    end = "upper" if x == max(tried) else "lower" if x == min(tried) and not beyond else None
     return Search(
         tuple(several),
         log,
         {name: tuple(sorted(found, key=lambda one: number(one, key))) for name, found in lines.items()},
         levels,
         best,
-        ends.get(True),
+        end,
     )
 
 
@@ -122,8 +121,7 @@ def _is_log(values: set[float]) -> bool:
 
 def _line_name(entry: Entry, numbers: Sequence[str]) -> str:
     """What tells an entry from the others beside the searched numbers."""
-    kept = [word for word in entry.label.split() if word.lstrip("+").partition("=")[0] not in numbers]
-    return " ".join(kept) or entry.method
+    return " ".join(words_without(entry.label.split(), *numbers)) or entry.method
 
 
 def panel(group: Group) -> Panel:
@@ -252,13 +250,17 @@ def _pair(found: Search) -> tuple[str, str] | None:
     if len(found.numbers) < 2:
         return None
     pair = found.numbers[0], found.numbers[1]
-    points = [
+    return pair if len({tuple(number(one, key) for key in pair) for one in _with_both(found, pair)}) >= 6 else None
+
+
+def _with_both(found: Search, pair: tuple[str, str]) -> list[Entry]:
+    """The configurations that have a place on both axes."""
+    return [
         one
         for line in found.lines.values()
         for one in line
         if not any(math.isnan(number(one, key)) or (found.log[key] and number(one, key) <= 0) for key in pair)
     ]
-    return pair if len({tuple(number(one, key) for key in pair) for one in points}) >= 6 else None
 
 
 def _surface(figure: Figure, axes: Axes, group: Group, found: Search, pair: tuple[str, str]) -> None:
@@ -267,8 +269,7 @@ def _surface(figure: Figure, axes: Axes, group: Group, found: Search, pair: tupl
     from matplotlib.colors import Normalize
     from matplotlib.tri import Triangulation
 
-    entries = [one for line in found.lines.values() for one in line]
-    entries = [one for one in entries if not any(math.isnan(number(one, key)) for key in pair)]
+    entries = _with_both(found, pair)
     xs, ys = ([number(one, key) for one in entries] for key in pair)
     values = [one.value.value for one in entries]
     norm, colours = Normalize(min(values), max(values) if max(values) > min(values) else min(values) + 1), "viridis"

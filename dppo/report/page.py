@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -89,7 +88,7 @@ def render(page: Page) -> str:
         warnings=page.warnings,
         cards=page.cards,
         links=links,
-        panels=[_drawn(panel, svgs) for panel, svgs in page.panels],
+        panels=page.panels,
         studies=page.studies,
         comparisons=page.comparisons,
         runs=page.runs,
@@ -107,19 +106,6 @@ def render(page: Page) -> str:
         number_of=number_of,
         numeric=lambda table, at: any(number_of(row[at]) is not None for row in table.rows),
     )
-
-
-def _drawn(panel: Panel, svgs: Sequence[tuple[str, str]]) -> Mapping[str, Any]:
-    return {
-        "name": panel.name,
-        "title": panel.title,
-        "lead": panel.lead,
-        "alt": panel.alt,
-        "svgs": svgs,
-        "missing": panel.missing,
-        "command": panel.command,
-        "tables": panel.tables,
-    }
 
 
 def _data(page: Page) -> dict[str, Any]:

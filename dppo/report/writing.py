@@ -304,7 +304,7 @@ def _place(path: Path, root: Path) -> str:
 def _settings(group: Group) -> Settings:
     entries = group.entries
     keys = group.varying
-    flat = [leaves(entry.settings) for entry in entries]
+    flat = [entry.flat for entry in entries]
     values = tuple(tuple(_setting(one[key]) if key in one else None for key in keys) for one in flat)
     second = group.entries.index(group.baseline) if group.baseline is not group.best else min(1, len(entries) - 1)
     return Settings(tuple(entry.label for entry in entries), keys, values, second)
