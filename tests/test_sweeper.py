@@ -29,7 +29,7 @@ from dppo.search.samplers import Sampler, sampler_from
 from dppo.search.settings import Direction, SearchSettings
 from dppo.search.space import Parameter, Space, Value
 from dppo.search.study import Study
-from tests.conftest import Run, small
+from tests.conftest import small
 from tests.test_architecture import imports
 from tests.test_command_line import is_one_line, typed
 
@@ -50,23 +50,25 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_failing_and_diverging_trials_are_recorded_and_the_search_goes_on(dppo: Run, tmp_path: Path) -> None:
+def test_failing_and_diverging_trials_are_recorded_and_the_search_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     words = ["-m", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "loss=dpo", *small()]
     words += ["device=cuda,cpu", "train.learning_rate=choice(1e-4,1e30)"]
     words += ["objectives=[win_rate.value,kl.nats_per_answer]", "hydra.sweeper.direction=[maximize,minimize]"]
-    done = dppo(*words)
-    assert done.returncode == 0, done.stderr
+    status, done = typed(monkeypatch, tmp_path, *words), capfd.readouterr()
+    assert status == 0, done.err
     directory = tmp_path / "outputs" / "sweeps" / "search"
     assert [row["state"] for row in rows(directory / "trials.csv")] == ["failed", "failed", "complete", "diverged"]
     study = load(tmp_path, "search")
     assert study.get_trials()[3].values == [0.0, math.inf]
     assert "no CUDA device" in study.get_trials()[0].user_attrs[studies.ERROR]
     assert "no CUDA device" in (directory / "0" / "error.txt").read_text()
-    assert "Pareto front: 1 of 4 trials" in done.stdout
+    assert "Pareto front: 1 of 4 trials" in done.out
     assert [row["trial"] for row in rows(directory / "pareto.csv")] == ["2"]
-    fewer = dppo(*words, "hydra.sweeper.study_name=fewer", "hydra.sweeper.max_failure_rate=0.25")
-    assert fewer.returncode == 2
-    assert "2 of 4 trials failed, more than hydra.sweeper.max_failure_rate=0.25 allows" in fewer.stderr
+    words += ["hydra.sweeper.study_name=fewer", "hydra.sweeper.max_failure_rate=0.25"]
+    assert typed(monkeypatch, tmp_path, *words) == 2
+    assert "2 of 4 trials failed, more than hydra.sweeper.max_failure_rate=0.25 allows" in capfd.readouterr().err
     assert len(load(tmp_path, "fewer").get_trials()) == 2
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from dppo.tracking import SHARED
 from tests.conftest import Run, small
+from tests.test_command_line import typed
 from tests.tracked_runs import metrics, sessions
 
 
@@ -20,12 +21,11 @@ from tests.tracked_runs import metrics, sessions
     ],
 )
 def test_torchrun_with_two_processes_is_the_same_experiment(
-    loss: list[str], dppo: Run, two_processes: Run, tmp_path: Path
+    loss: list[str], two_processes: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = small(*loss, "device=cpu", "tracking=wandb")
-    alone = dppo(*words, "hydra.run.dir=alone", "cache.dir=cache-alone")
-    assert alone.returncode == 0, alone.stderr
-    pair = two_processes(*words, "hydra.run.dir=pair", "cache.dir=cache-pair")
+    words = small(*loss, "device=cpu")
+    assert typed(monkeypatch, tmp_path, *words, "hydra.run.dir=alone", "cache.dir=cache-alone") == 0
+    pair = two_processes(*words, "tracking=wandb", "hydra.run.dir=pair", "cache.dir=cache-pair")
     assert pair.returncode == 0, pair.stderr[-3000:]
     assert {path.name for path in tmp_path.iterdir()} == {"alone", "pair", "cache-alone", "cache-pair"}
     assert pair.stdout.count("policy against SFT") == 1, "only the first process speaks"
