@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,8 +25,13 @@ from dppo.batches import collate
 from dppo.config import Experiment
 from dppo.data.encoding import ChatEncoder
 from dppo.errors import UserError
+from dppo.evaluation.comparison import configurations, standings
+from dppo.evaluation.runs import find_runs
+from dppo.evaluation.win_rates import Interval
 from dppo.loop import Interrupted
 from dppo.losses.bradley_terry import PreferenceLikelihood
+from dppo.report import rewards
+from dppo.report.evidence import Group
 from dppo.reward_heads import RewardScorer, add_head, as_classifier
 from dppo.rewards import Reward
 from dppo.rewards.bradley_terry import BradleyTerry, TrainedReward
@@ -35,6 +41,7 @@ from dppo.stages.reward_model import _by_prompt
 from dppo.types import Artifact, LossContext, Message, PreferenceExample, Prompt, Response, ResponseRewards, Role
 from tests.conftest import Run, small
 from tests.data import chat_models
+from tests.report.made_runs import gathered
 from tests.runs import Finished, run_small
 from tests.tiny_models import FAMILIES, mixed
 
@@ -138,8 +145,7 @@ def test_the_head_is_drawn_by_its_seed_and_in_fp32() -> None:
 
 def test_a_model_without_a_classifier_in_transformers_is_refused() -> None:
     model: Any = FAMILIES["llama"]()
-    model.config.model_type = "unheard-of"
-    type_of = type("Unheard", (type(model.config),), {"model_type": "unheard-of"})
+    type_of: Any = type("Unheard", (type(model.config),), {"model_type": "unheard-of"})
     model.config = type_of.from_dict({**model.config.to_dict(), "model_type": "unheard-of"})
     add_head(model, 0)
     with pytest.raises(UserError, match=r"reward=bradley_terry: transformers has no sequence classifier .*Llama"):
@@ -254,6 +260,39 @@ def run_small_without(warm: tuple[Path, list[str], Finished]) -> Finished:
     return run_small(warm[0], "loss=dpo", *warm[1][:N_DATA], "reward=length")
 
 
+def test_the_report_shows_how_good_it_is(warm: tuple[Path, list[str], Finished]) -> None:
+    table = next(one for one in rewards.panel(groups(warm[2])[0]).tables if one.name == "reward_model")
+    measured = warm[2].result["reward_model"]["splits"]
+    rows = {(row[1], row[0]): row for row in table.rows}
+    length = rows["test", "length"]
+    assert length[2] == measured["test"]["n_pairs"]
+    assert cast("Interval", length[3]).low == measured["test"]["length"]["ci_low"]
+    assert cast("Interval", length[5]).high == measured["test"]["length"]["difference"]["ci_high"]
+    assert rows["validation", "reward_model"][5] is None
+
+
+def groups(*found: Finished) -> tuple[Group, ...]:
+    """As a report forms them; the runs differ in the seed of SFT, as the command line would have noted."""
+    for number, one in enumerate(found):
+        settings = {
+            "seed": 0,
+            "sft": {"seed": number},
+            "reward": {"_target_": "dppo.rewards.bradley_terry.BradleyTerry"},
+        }
+        (one.directory / "config.yaml").write_text(yaml.safe_dump(settings))
+    return gathered(*(one.directory for one in found)).groups
+
+
+def test_rewards_of_two_reward_models_are_not_compared(warm: tuple[Path, list[str], Finished], tmp_path: Path) -> None:
+    """The settings of the reward are the same; it starts from another SFT model."""
+    other = run_small(warm[0], "loss=dpo", *warm[1], "sft.seed=1")
+    assert other.result["reward_model"]["model"] != warm[2].result["reward_model"]["model"]
+    assert len(groups(warm[2], other)) == 2
+    assert len(groups(warm[2], run_small(warm[0], "loss=dpo", *warm[1]))) == 1
+    with pytest.raises(UserError, match="scored by different rewards"):
+        standings(configurations(find_runs([warm[2].directory, other.directory])))
+
+
 def test_the_policy_trains_on_none_of_its_prompts_and_it_on_none_of_an_evaluation(
     warm: tuple[Path, list[str], Finished],
 ) -> None:
@@ -308,7 +347,7 @@ def test_it_is_trained_again_only_for_what_decides_it(
 
 
 def model_folder(found: Finished) -> Path:
-    return found.directory.parent / "cache" / found.result["reward_model"]["model"]
+    return found.directory.parent / "cache" / str(found.result["reward_model"]["model"])
 
 
 def test_the_saved_model_scores_the_same_as_a_classifier(warm: tuple[Path, list[str], Finished]) -> None:

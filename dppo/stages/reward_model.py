@@ -171,9 +171,9 @@ def reward_accuracy(
 ) -> dict[str, Any]:
     """How often held-out pairs are ranked right, by the reward model and by the controls; says so, and warns.
 
-    {model: "stage/fingerprint", n_pairs: trained on, splits: {split: {n_pairs, n_prompts, reward_model, length,
-    sentiment}}}, each accuracy {value (ties = 1/2), ci_low, ci_high, ties}; a control's has ``difference`` {value,
-    ci_low, ci_high}, that of the reward model minus its own on the same pairs, or is None where its package is missing.
+    {model: "stage/fingerprint", splits: {split: {n_pairs, n_prompts, reward_model, length, sentiment}}}, each accuracy
+    {value (ties = 1/2), ci_low, ci_high, ties}; a control's has ``difference`` {value, ci_low, ci_high}, that of the
+    reward model minus its own on the same pairs, or is None where its package is missing.
     Every prompt counts once: pairs of one prompt are averaged. Intervals are 95 %, by bootstrap of prompts.
     """
     slot = accuracy_slot(bench, reward, dataset, evaluation)
