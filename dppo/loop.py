@@ -38,6 +38,7 @@ from dppo.types import (
     LossTerms,
     Objective,
     ResponseLogps,
+    ResponseRewards,
     Role,
     StatisticsObjective,
 )
@@ -52,6 +53,9 @@ ReferenceLogps = Callable[[Sequence[tuple[str, str]]], Sequence[Tensor]]
 """Stored token log-probs, fp32, for (prompt_id, response_id) keys, in the order of the keys."""
 
 Metrics = dict[str, float | int]
+
+ScorerOf = Callable[["PreTrainedModel", Literal["packed", "padded"]], ResponseScorer]
+"""Wraps a model for training in a layout."""
 
 
 class Interrupted(Exception):
@@ -226,7 +230,10 @@ def likelihoods(policy: ResponseLogps, reference: ResponseLogps | None) -> dict[
     ``logps/<role>`` and ``log_ratio/<role>`` (over the reference) are sums over an answer's tokens, nats, with
     ``_per_token`` their means; several answers in a role are averaged. ``margin`` is chosen minus rejected,
     ``accuracy`` the share of positive margins, 1/2 at exactly 0; with ``_to_reference`` those of the log-ratios.
+    Rewards are no likelihoods: of them there is nothing here.
     """
+    if isinstance(policy, ResponseRewards):
+        return {}
     columns: dict[str, Tensor] = {}
     logged = [role for role in _LOGGED_ROLES if role in policy.roles]
     for role in logged:
@@ -289,9 +296,11 @@ def train(
     held_out: Sequence[EncodedExample] = (),
     interim: Interim | None = None,
     title: str = "train",
+    scorer_of: ScorerOf = ResponseScorer,
 ) -> Outcome:
     """Minimise ``objective`` over ``examples``; changes ``model`` in place.
 
+    ``scorer_of`` makes of the model what the objective looks at: log-probs, or rewards.
     ``log`` receives one flat mapping per logged step, with the 1-based ``step``. ``checkpoints`` is a directory of
     this run's own; a checkpoint found there is continued. Raises ``Interrupted`` after SIGINT or SIGTERM, ``Pruned``
     where ``interim`` says so; both leave a checkpoint.
@@ -304,7 +313,7 @@ def train(
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    scorer = ResponseScorer(model, settings.packing)
+    scorer = scorer_of(model, settings.packing)
     prepared = accelerator.prepare(scorer)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimiser = torch.optim.AdamW(

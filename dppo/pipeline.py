@@ -33,6 +33,7 @@ from dppo.loop import PERCENT, Interim, Interrupted, Metrics, ReferenceLogps, n_
 from dppo.losses.penalised import PenalisedLoss
 from dppo.losses.penalties import Expectile
 from dppo.losses.unpaired import DESIRABLE, KTO
+from dppo.rewards.bradley_terry import BradleyTerry, TrainedReward
 from dppo.stages.compare import compare
 from dppo.stages.drift import drift
 from dppo.stages.finished import finished_run
@@ -40,6 +41,7 @@ from dppo.stages.generate import generate
 from dppo.stages.interim import interim_win_rate
 from dppo.stages.preference import Trained, preference
 from dppo.stages.reference import reference_logps
+from dppo.stages.reward_model import ready_reward, reward_accuracy
 from dppo.stages.scores import scores
 from dppo.stages.sft import sft
 from dppo.stages.training import METRICS, read_metrics
@@ -228,6 +230,8 @@ def _stages(
     verdict: Verdict,
 ) -> dict[str, Any]:
     training = _training_rows(experiment)
+    for line in _kept_apart(experiment, training):
+        bench.say(line)
     encoder = ChatEncoder(experiment.model.load_tokenizer())
     evaluation = experiment.evaluation
     prompts = _evaluation_prompts(experiment)
@@ -239,6 +243,12 @@ def _stages(
     else:
         reference, policy = finished_run(bench, experiment.init_from, encoder)
     mirror.shared(reference.stage, reference)
+    reward = ready_reward(bench, experiment.reward, experiment.model, experiment.dataset, reference, encoder)
+    ranked: dict[str, Any] | None = None
+    if isinstance(reward, TrainedReward):
+        mirror.shared("reward", reward.model)
+        ranked = reward_accuracy(bench, reward, experiment.dataset, evaluation)
+        experiment = dataclasses.replace(experiment, reward=reward)
     offset = 0
     trained_on: dict[str, dict[str, int]] = {}
     for name, phase in experiment.phases.items():
@@ -279,6 +289,8 @@ def _stages(
         scored,
         evaluation,
     )
+    if ranked is not None:
+        moved["reward_model"] = ranked
     moved["training"] = trained_on
     moved["after_edit"] = after_edit(pair_rows, n_bootstrap=evaluation.n_bootstrap, seed=evaluation.bootstrap_seed)
     samples = results.samples(prompts, own, other, own_rewards, other_rewards)
@@ -330,7 +342,7 @@ def _phase(
         start,
         examples,
         held_out,
-        data=experiment.dataset.identity(),
+        data=training_data(experiment),
         seed=seed,
         reference=lookup,
         parents=parents,
@@ -480,7 +492,39 @@ def _training_rows(experiment: Experiment) -> dict[Shape, list[PreferenceExample
                 f"phase {name} needs for loss={phase.loss.name}; choose loss=kto for labelled or loss=rrhf for ranked "
                 "answers, or a data set of pairs"
             )
+    reward = experiment.reward
+    if isinstance(reward, BradleyTerry):
+        reward.own_pairs(_rows(experiment.dataset, "pairs", "train"))
+        for shape, rows in found.items():
+            found[shape] = [row for row in rows if reward.is_left(row.prompt)]
+            if not found[shape]:
+                raise UserError(
+                    f"reward.held_back={reward.held_back}: leaves no training prompt to the policy; lower it, or set "
+                    "it to null"
+                )
     return found
+
+
+def _kept_apart(experiment: Experiment, training: Mapping[Shape, Sequence[PreferenceExample]]) -> list[str]:
+    """Lines that say what the phases do not train on."""
+    reward = experiment.reward
+    if not isinstance(reward, BradleyTerry) or not training:
+        return []
+    if reward.held_back is None:
+        return ["reward model: trains on the pairs of all training prompts, those of the phases too"]
+    left = {row.prompt.prompt_id for rows in training.values() for row in rows}
+    own = f"{reward.held_back:.0%} of the training prompts are its own"
+    return [f"reward model: {own}, the phases train on the other {len(left):,}"]
+
+
+def training_data(experiment: Experiment) -> Json:
+    """What decides the rows that the phases train on: the data set, without what a reward model keeps to itself."""
+    identity = experiment.dataset.identity()
+    reward = experiment.reward
+    settings = reward.settings if isinstance(reward, TrainedReward) else reward
+    if isinstance(settings, BradleyTerry) and settings.held_back is not None:
+        return {**identity, "left_out": settings.rows_identity()}
+    return identity
 
 
 def _shaped(encoded: EncodedSet, phase: Phase, seed: int, bench: Workbench) -> Sequence[EncodedExample]:

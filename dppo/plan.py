@@ -26,17 +26,25 @@ from dppo.data.encoding import ChatEncoder
 from dppo.errors import UserError
 from dppo.loop import checkpoint_step, n_steps
 from dppo.models import Model, n_parameters
+from dppo.rewards.bradley_terry import BradleyTerry, TrainedReward
 from dppo.stages.compare import compare_slot
 from dppo.stages.drift import drift_slot, n_responses
 from dppo.stages.finished import finished_slots
 from dppo.stages.generate import answers_store, stored_answers
 from dppo.stages.preference import preference_slot
 from dppo.stages.reference import reference_store, response_keys
+from dppo.stages.reward_model import (
+    accuracy_pairs,
+    accuracy_slot,
+    measured_splits,
+    reward_model_examples,
+    reward_model_slot,
+)
 from dppo.stages.scores import score_key, scores_store
 from dppo.stages.sft import sft_examples, sft_slot
 from dppo.stages.training import CONTINUED
 from dppo.stages.workbench import WORK, Workbench
-from dppo.types import EncodedExample, Generation, PreferenceExample, Prompt
+from dppo.types import Artifact, EncodedExample, Generation, PreferenceExample, Prompt
 
 if TYPE_CHECKING:
     from dppo.types import Json
@@ -46,6 +54,8 @@ _LATEST = 5
 # Run directories that are looked at for what growing stores took, the latest ones.
 _RUNS = 500
 _BYTES_PER_WEIGHT = 4
+# Stages whose work is the steps of the training loop.
+_TRAINED = ("sft", "reward_model", "preference")
 # What decides the time of a training step, besides model, numerics, loss and data.
 _COSTLY = ("max_length", "batch_size", "dropout", "deterministic", "evaluate_every", "n_evaluation_examples")
 
@@ -196,7 +206,7 @@ class _Planner:
         parts = [f"continues after step {done}"] if done else []
         parts += [basis] if basis else []
         found = self.past.size(kind)
-        if found is None and slot.stage in ("sft", "preference") and not _lora(slot.inputs):
+        if found is None and slot.stage in _TRAINED and not _lora(slot.inputs):
             found = _model_bytes(self.experiment.model)
             parts += ["disk: the weights alone"] if found is not None else []
         size_ = None if found is None else round(found)
@@ -237,8 +247,9 @@ class _Planner:
 def _add_stages(
     planner: _Planner, training: Mapping[Any, Sequence[PreferenceExample]], prompts: Sequence[Prompt]
 ) -> None:
-    experiment, bench, encoder = planner.experiment, planner.bench, planner.encoder
     reference, policy = _add_start(planner)
+    _add_reward_model(planner, reference)
+    experiment, bench, encoder = planner.experiment, planner.bench, planner.encoder
     for phase in experiment.phases.values():
         base = reference if phase.reference == "sft" else policy
         slot = _add_phase(planner, phase, training[phase.loss.trains_on], policy, base)
@@ -284,6 +295,26 @@ def _add_start(planner: _Planner) -> tuple[str, str]:
     return slot.fingerprint, slot.fingerprint
 
 
+def _add_reward_model(planner: _Planner, reference: str) -> None:
+    """A reward that the run trains; what comes behind it scores with the trained one."""
+    experiment, bench, encoder = planner.experiment, planner.bench, planner.encoder
+    settings, dataset = experiment.reward, experiment.dataset
+    if not isinstance(settings, BradleyTerry):
+        return
+    slot = reward_model_slot(bench, settings, experiment.model, dataset, reference, encoder)
+    n_examples = 0
+    if settings.train.steps is None and not slot.complete():  # only then their number has a say
+        n_examples = len(reward_model_examples(settings, dataset, encoder).examples)
+    planner.artifact("reward", slot, n_steps(settings.train, n_examples), "step")
+    made = Artifact(slot.stage, slot.fingerprint, str(slot.path), (), reused=slot.complete())
+    reward = TrainedReward(settings, made, encoder)
+    slot = accuracy_slot(bench, reward, dataset, experiment.evaluation)
+    splits = measured_splits(experiment.evaluation.split)
+    n_pairs = 0 if slot.complete() else sum(len(accuracy_pairs(reward, dataset, split)) for split in splits)
+    planner.artifact("accuracy", slot, 2 * n_pairs, "response")
+    planner.experiment = dataclasses.replace(experiment, reward=reward)
+
+
 def _add_phase(planner: _Planner, phase: Phase, training: Sequence[PreferenceExample], start: str, base: str) -> Slot:
     """One preference phase; returns the place of its policy."""
     experiment, bench, encoder = planner.experiment, planner.bench, planner.encoder
@@ -309,7 +340,8 @@ def _add_phase(planner: _Planner, phase: Phase, training: Sequence[PreferenceExa
         _, prompts = pipeline.interim_data(experiment, steps, data.held_out)
         if prompts:
             _add_rewards(planner, {"baseline": answers_store(bench, base, experiment.generation, encoder)}, prompts)
-    slot = preference_slot(bench, phase, start, parents, data=experiment.dataset.identity(), seed=experiment.seed)
+    data_identity = pipeline.training_data(experiment)
+    slot = preference_slot(bench, phase, start, parents, data=data_identity, seed=experiment.seed)
     planner.artifact("preference", slot, steps, "step")
     return slot
 
@@ -375,7 +407,7 @@ def _kind(stage: str, title: str, inputs: Json, model: Json) -> tuple[_Kind, flo
         numerics = {key: value for key, value in (content.get("numerics") or {}).items() if key != "torch"}
         subject = None if model is None else fingerprint([model, numerics, _lora(inputs)])
         settings = content.get("decoding")
-    if stage in ("sft", "preference") and (train := content["settings"]) is not None:
+    if stage in _TRAINED and (train := content["settings"]) is not None:
         scale = float(train["batch_size"])
         settings = {
             "loss": _without_numbers(content.get("loss")),
@@ -461,7 +493,7 @@ def _nearest(past: Sequence[tuple[_Kind, float]], kind: _Kind) -> tuple[list[flo
 def _work(manifest: Manifest) -> int:
     """The units of work that the seconds of an artifact were spent on; 0 if it does not say."""
     extra = cast("Mapping[str, Any]", manifest.extra)
-    if manifest.stage in ("sft", "preference"):
+    if manifest.stage in _TRAINED:
         if cast("Mapping[str, Any]", manifest.inputs)["settings"] is None:
             return 1
         return int(_outcome(manifest).get("steps", 0)) - int(extra.get(CONTINUED, 0))

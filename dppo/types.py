@@ -234,6 +234,14 @@ class ResponseLogps:
 
 
 @dataclass(frozen=True)
+class ResponseRewards(ResponseLogps):
+    """Rewards of R responses from a model with a scalar head: one value each in the place of token log-probs.
+
+    So ``tokens`` (R,) are the rewards, unbounded, fp32; ``lengths`` are 1 and ``sum`` is the reward of a response.
+    """
+
+
+@dataclass(frozen=True)
 class LossContext:
     """What a loss may need beyond log-probs, computed by the loop.
 

@@ -7,6 +7,7 @@ Tokens that cross the boundary do not occur; otherwise both sides have the ids t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -109,6 +110,28 @@ class ChatEncoder:
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+    def scoring_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy of the tokenizer whose template gives whole conversations the ids that prompt and response have here.
+
+        That is: with the token that a model expects first, and without what a template writes behind the end of the
+        last answer's turn. For readers of whole conversations, as reward models are. Two things a template cannot do:
+        hide control tokens in the text of a turn, and keep tokens from spanning the beginning of an answer.
+        """
+        written = self._suffix.startswith(self._turn_end)  # otherwise the template ends a turn without a token
+        behind = len(self._suffix) - len(self._turn_end if written else self._suffix.rstrip())
+        added = "" if written else "{{ eos_token }}"
+        sample = self._tokenize([self._template((Message("user", "question"),), for_generation=True)])[0]
+        first = "{{ bos_token }}" if self._first and sample[:1] != self._first else ""
+        own = self.template_text.removesuffix("\n")
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.chat_template = (
+            f"{first}{{% set whole_chat %}}{own}{{% endset %}}"
+            "{% if messages[-1]['role'] == 'assistant' %}"
+            f"{{{{ whole_chat[:whole_chat | length - {behind}] }}}}{added}"
+            "{% else %}{{ whole_chat }}{% endif %}"
+        )
+        return tokenizer
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The ids of a prompt up to where the model's answer begins. Raises UserError if the template refuses it."""

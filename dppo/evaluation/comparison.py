@@ -160,7 +160,8 @@ def standings(
     answered = [run.rewards for run in runs if run.rewards]
     if not answered:
         raise UserError("ranking: none of these runs has answers (all diverged)")
-    if len({json.dumps(run.settings.get("reward"), sort_keys=True) for run in runs}) > 1:
+    kinds = {json.dumps(run.settings.get("reward"), sort_keys=True) for run in runs}
+    if len(kinds) > 1 or len({json.dumps(run.scored_by, sort_keys=True) for run in runs if run.rewards}) > 1:
         raise UserError("ranking: these runs were scored by different rewards (reward=); rank those that share one")
     common = sorted(set.intersection(*map(set, answered)))
     if not common:

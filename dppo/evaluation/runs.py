@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from dppo.errors import UserError
 from dppo.results import SCHEMA
+from dppo.types import Json
 
 # ``unfinished``: there is no result.json; the run failed, was killed, or is still running.
 Status = Literal["complete", "diverged", "pruned", "interrupted", "unfinished"]
@@ -46,6 +47,12 @@ class Run:
     def finished(self) -> bool:
         """Whether the run says something about its configuration: complete or diverged."""
         return self.status in ("complete", "diverged")
+
+    @property
+    def scored_by(self) -> list[Json]:
+        """What the rewards come from: the reward's settings, and its model where the run trained one."""
+        ranked = self.result.get("reward_model")
+        return [self.settings.get("reward"), ranked["model"] if isinstance(ranked, Mapping) else None]
 
     @property
     def ending(self) -> str:

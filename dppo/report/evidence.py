@@ -174,7 +174,7 @@ def gather(
     homes: dict[str, str] = {}
     for run in runs:
         if run.status == "complete":
-            key = content_hash([run.settings.get("reward"), *sorted(run.rewards)])
+            key = content_hash([*run.scored_by, *sorted(run.rewards)])
             homes[_measured_by(run)] = key
             by_prompts.setdefault(key, []).append(run)
     for run in runs:

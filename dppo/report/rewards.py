@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,7 +67,7 @@ def panel(group: Group) -> Panel:
             f" (SFT {shown(pair.sft.mean, 2)}, {_percent(pair.sft.negative)})"
             for pair in pairs
         ),
-        (_summary(pairs), _bins(pairs, edges)),
+        (_summary(pairs), _bins(pairs, edges), *_reward_model(group)),
     )
 
 
@@ -137,6 +137,35 @@ def _summary(pairs: Sequence[_Pair]) -> Table:
         tuple(rows),
         "95 % intervals: bootstrap over seeds and prompts; Wilson's for the share below 0 of a single seed.",
     )  # fmt: skip
+
+
+def _reward_model(group: Group) -> list[Table]:
+    """How good the reward model is that the runs of this group trained; nothing for another reward."""
+    runs = (run for entry in group.entries for run in entry.configuration.runs.values())
+    ranked = next((run.result["reward_model"] for run in runs if "reward_model" in run.result), None)
+    if ranked is None:
+        return []
+    rows: list[tuple[Cell, ...]] = []
+    for split, measured in ranked["splits"].items():
+        for name in ("reward_model", "length", "sentiment"):
+            if (own := measured[name]) is not None:
+                ahead = _between(own["difference"]) if "difference" in own else None
+                rows.append((name, split, measured["n_pairs"], _between(own), own["ties"], ahead))
+    columns = ("ranked by", "pairs of", "pairs", "ranked right", "ties", "reward model ahead by")
+    return [
+        Table(
+            "reward_model",
+            "Held-out pairs that the reward model ranks right",
+            tuple(Column(name, sign=name == columns[-1]) for name in columns),
+            tuple(rows),
+            "The reward model was trained on other pairs; length and sentiment are what it must beat. Ties count 1/2; "
+            "95 % intervals, bootstrap over prompts, of the difference on the same pairs.",
+        )
+    ]
+
+
+def _between(found: Mapping[str, float]) -> Interval:
+    return Interval(found["value"], found["ci_low"], found["ci_high"])
 
 
 def _bins(pairs: Sequence[_Pair], edges: Array) -> Table:

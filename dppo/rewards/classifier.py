@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from dppo.errors import UserError
 from dppo.types import Json, Prompt
@@ -65,31 +65,9 @@ class Classifier:
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """One logit per answer. Raises UserError if one is not finite."""
-        import torch
-
-        from dppo.batches import padded_batches
-
         model, tokenizer, device = self._loaded()
         rows = self._tokens(tokenizer, prompts, answers)
-        # Decoders find a row's last token by the padding, which must not be a token of the text.
-        padding = own = model.config.pad_token_id
-        if own is None:
-            used = set().union(*rows)
-            padding = next(one for one in range(len(used) + 1) if one not in used)
-        model.config.pad_token_id = padding
-        found = [math.nan] * len(rows)
-        for part in padded_batches([len(row) for row in rows], self.tokens_per_batch):
-            width = max(len(rows[place]) for place in part)
-            token_ids = torch.full((len(part), width), padding)
-            mask = torch.zeros_like(token_ids)
-            for line, place in enumerate(part):
-                token_ids[line, : len(rows[place])] = torch.tensor(rows[place])
-                mask[line, : len(rows[place])] = 1
-            with torch.inference_mode():
-                logits = model(input_ids=token_ids.to(device), attention_mask=mask.to(device)).logits
-            for place, value in zip(part, logits[:, self.output].float().tolist(), strict=True):
-                found[place] = value
-        model.config.pad_token_id = own
+        found = output_of(model, rows, self.output, self.tokens_per_batch, device)
         if not all(map(math.isfinite, found)):
             raise UserError(f"{KEY}={self.name_or_path}: gave a score that is not finite; try reward.precision=fp32")
         return found
@@ -114,10 +92,48 @@ class Classifier:
         return _load(self)
 
 
-@functools.lru_cache(maxsize=1)  # `check` and every call of `score` need the same one
-def _load(reward: Classifier) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
+def output_of(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], output: int, tokens_per_batch: int, device: torch.device
+) -> list[float]:
+    """A sequence classifier's logit ``output`` for each row of token ids, in fp32, whatever it is batched with."""
     import torch
 
+    from dppo.batches import padded_batches
+
+    # Decoders find a row's last token by the padding, which must not be a token of the text.
+    padding = own = model.config.pad_token_id
+    if own is None:
+        used = set().union(*rows)
+        padding = next(one for one in range(len(used) + 1) if one not in used)
+    model.config.pad_token_id = padding
+    found = [math.nan] * len(rows)
+    for part in padded_batches([len(row) for row in rows], tokens_per_batch):
+        width = max(len(rows[place]) for place in part)
+        token_ids = torch.full((len(part), width), padding)
+        mask = torch.zeros_like(token_ids)
+        for line, place in enumerate(part):
+            token_ids[line, : len(rows[place])] = torch.tensor(rows[place])
+            mask[line, : len(rows[place])] = 1
+        with torch.inference_mode():
+            logits = model(input_ids=token_ids.to(device), attention_mask=mask.to(device)).logits
+        for place, value in zip(part, logits[:, output].float().tolist(), strict=True):
+            found[place] = value
+    model.config.pad_token_id = own
+    return found
+
+
+def placed(model: PreTrainedModel, precision: Literal["fp32", "bf16"], device: str) -> PreTrainedModel:
+    """A model for scoring: in its precision on its device, ``auto`` being a GPU where there is one."""
+    import torch
+
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    moved: Any = model
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return cast("PreTrainedModel", moved.to(torch.device(automatic if device == "auto" else device), dtype).eval())
+
+
+@functools.lru_cache(maxsize=1)  # `check` and every call of `score` need the same one
+def _load(reward: Classifier) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.device]:
     from dppo.models import load_classifier, model_folder
 
     name = f"{KEY}={reward.name_or_path}"
@@ -125,7 +141,5 @@ def _load(reward: Classifier) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
     n_outputs = int(model.config.num_labels or 0)
     if reward.output >= n_outputs:
         raise UserError(f"reward.output={reward.output}: {reward.name_or_path} has {n_outputs} (0 is the first)")
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(automatic if reward.device == "auto" else reward.device)
-    moved: Any = model
-    return moved.to(device, torch.bfloat16 if reward.precision == "bf16" else torch.float32).eval(), tokenizer, device
+    model = placed(model, reward.precision, reward.device)
+    return model, tokenizer, model.device

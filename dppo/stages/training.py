@@ -13,7 +13,8 @@ from dppo import startup
 from dppo.artifacts import Build
 from dppo.config import LoraSettings, TrainSettings
 from dppo.errors import Pruned, UserError
-from dppo.loop import Interim, Metrics, Outcome, ReferenceLogps, broadcast, checkpoint_step, train
+from dppo.logps import ResponseScorer
+from dppo.loop import Interim, Metrics, Outcome, ReferenceLogps, ScorerOf, broadcast, checkpoint_step, train
 from dppo.types import Artifact, EncodedExample, Objective
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ def run_training(
     reference: ReferenceLogps | None = None,
     interim: Interim | None = None,
     on_row: Callable[[Metrics], None] = lambda row: None,
+    scorer_of: ScorerOf = ResponseScorer,
 ) -> Outcome:
     """Run the loop with its checkpoints and metrics in the stage's work directory; metrics end in the artifact.
 
@@ -212,6 +214,7 @@ def run_training(
         held_out=held_out,
         interim=interim,
         title=title,
+        scorer_of=scorer_of,
     )
     if bench.is_main:
         _write_rows(started.directory / METRICS, read_metrics(journal))
