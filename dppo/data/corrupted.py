@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from dppo.data.draws import pick, stream
-from dppo.data.rows import Columns, Row, UnusableRow, make_example
+from dppo.data.rows import Columns, Row, UnusableRow, check_unicode, make_example
 from dppo.errors import UserError
 from dppo.types import Message, PreferenceExample, Response
 
@@ -173,12 +173,14 @@ def _text(value: object, name: str) -> str:
         raise UnusableRow(f"{name} is not text")
     if not value.strip():
         raise UnusableRow(f"empty {'prompt' if name in ('question', 'context') else name}")
+    check_unicode(value)
     return value
 
 
 def _texts(value: object, name: str) -> list[str]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
         raise UnusableRow(f"{name} is not a list of texts")
+    check_unicode(*value)
     return list(value)
 
 

@@ -21,7 +21,7 @@ from dppo.types import Message, PreferenceExample, Prompt, Response
 
 logger = logging.getLogger("dppo.data")
 Row = Mapping[str, object]
-_SHOWN = 20  # characters of an unknown role that a reason names
+_SHOWN = 20  # characters of an unknown role that a reason names at most: it may hold anything
 
 
 DIFFERENT_PROMPTS = "chosen and rejected answer different prompts"
@@ -272,7 +272,8 @@ def conversation(value: object, name: str) -> tuple[Message, ...]:
             raise UnusableRow(f"{name} has a turn without role and content")
         role, content = turn["role"], turn["content"]
         if role not in ("system", "user", "assistant"):
-            raise UnusableRow(f"{name} has a turn of role {' '.join(str(role).split())[:_SHOWN]}")
+            plain = isinstance(role, str) and len(role) <= _SHOWN and role.isascii() and role.isidentifier()
+            raise UnusableRow(f"{name} has a turn of {f'role {role}' if plain else 'an unknown role'}")
         if not isinstance(content, str):
             raise UnusableRow(f"{name} has a turn whose content is {'null' if content is None else 'not text'}")
         messages.append(Message(cast(Any, role), content))
@@ -311,19 +312,20 @@ def split_answer(turns: tuple[Message, ...], single_turn: bool) -> tuple[tuple[M
 
 def make_example(messages: tuple[Message, ...], *responses: Response) -> PreferenceExample:
     """An example of these turns and answers. Raises UnusableRow."""
-    if any(not _is_unicode(text) for text in (*(turn.content for turn in messages), *(one.text for one in responses))):
-        raise UnusableRow("text with half a surrogate pair, which is no Unicode")
+    check_unicode(*(turn.content for turn in messages), *(one.text for one in responses))
     if [one.role for one in responses] == ["chosen", "rejected"] and responses[0].text == responses[1].text:
         raise UnusableRow("chosen and rejected are equal")
     prompt = Prompt(ids.prompt_id(messages), messages)
     return PreferenceExample(ids.example_id(prompt, responses), prompt, responses)
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
+def check_unicode(*texts: str) -> None:
+    """Raise UnusableRow for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    for text in texts:
+        try:
+            text.isascii() or text.encode()
+        except UnicodeEncodeError:
+            raise UnusableRow("text with half a surrogate pair, which is no Unicode") from None
 
 
 def _with_system(row: Row, column: str | None, turns: tuple[Message, ...]) -> tuple[Message, ...]:

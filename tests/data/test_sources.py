@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dppo.data import Dataset
+from dppo.data import Dataset, chats_identity
 from dppo.data.files import PairsFile
 from dppo.data.published import PublishedPairs
 from dppo.data.rows import PairColumns
@@ -480,3 +480,61 @@ def test_subsets_are_nested_and_keep_their_order_when_rows_are_added(tmp_path: P
     assert nested_subset(pairs, None, 1) != whole
     prompts = data.prompts("train")
     assert set(nested_subset(prompts, 3, 0)) < set(nested_subset(prompts, 9, 0))
+
+
+# --- no prompt in training and evaluation ----------------------------------------------------------------------------
+
+
+def shown(prompt: str) -> str:
+    return " ".join(prompt.replace("\u200b", "").lower().split())
+
+
+def test_demonstrations_leave_out_the_evaluation_prompts_of_the_preferences(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = [f"Question {n}?" for n in range(80)]
+    folder = preferences(tmp_path / "pairs", [pair_row(text) for text in asked], [pair_row("Test a?"), pair_row("b")])
+    # The same prompts in another spelling, behind a system turn, and some that are nowhere else.
+    others = [f" question\n{n}? " for n in range(80)] + ["TEST \u200ba?"] + [f"chat {n}" for n in range(40)]
+    rows = [{"messages": [turn("system", "s"), turn("user", text), turn("assistant", "a")]} for text in others]
+    data = ultrafeedback(folder, chats(tmp_path / "chats", rows, [chat_row("chat 3")]))
+    with caplog.at_level(logging.INFO, "dppo.data"):
+        trained = [*data.chats("train"), *data.pairs("train")]
+    evaluated = {shown(text) for split in ("validation", "test") for text in questions(data.pairs(split))}
+    assert len(evaluated) > 8
+    assert not evaluated & {shown(text) for text in questions([*trained, *data.chats("validation")])}
+    # Nothing else is left out: every other prompt is there, in training or the chats' own validation.
+    left = {shown(text) for text in questions([*data.chats("train"), *data.chats("validation")])}
+    assert left == {shown(text) for text in others} - evaluated - {"chat 3"}
+    n_left_out = len({shown(text) for text in others} & evaluated)
+    assert f"(prompt is an evaluation prompt of the preferences: {n_left_out}, prompt is in the test split: 1)" in (
+        caplog.text
+    )
+    _, reading = data.readings("chats")
+    assert reading.left_out["prompt is an evaluation prompt of the preferences"] == n_left_out
+
+
+def test_a_prompt_in_two_spellings_is_in_one_split(tmp_path: Path) -> None:
+    rows = [{**FLAT[n], "prompt": text} for n in range(60) for text in (f"Question {n}", f"question  {n}\n")]
+    data = pairs_file(write_jsonl(tmp_path / "pairs.jsonl", rows))
+    splits = [{shown(text) for text in questions(data.pairs(split))} for split in ("train", "validation", "test")]
+    assert sum(map(len, splits)) == len(set().union(*splits)) == 60
+
+
+def test_the_chats_decide_what_sft_models_are_shared(tmp_path: Path, folder: Path, chat_folder: Path) -> None:
+    data = ultrafeedback(folder, chat_folder)
+    before = chats_identity(data)
+    json.dumps(before)
+    # The same evaluation prompts: other answers and other columns leave the demonstrations as they were.
+    train = [pair_row(f"question {n}", "another answer") for n in range(60)]
+    same = preferences(tmp_path / "same", train, [pair_row("test a", "z"), pair_row("test b")])
+    assert chats_identity(ultrafeedback(same, chat_folder)) == before
+    assert ultrafeedback(same, chat_folder).identity() != data.identity()
+    assert ultrafeedback(same, chat_folder).chats("train") == data.chats("train")
+    # Others do not, even if no chat has them: what is left out is decided by them.
+    other = preferences(tmp_path / "other", train, [pair_row("chat 7"), pair_row("test b")])
+    assert chats_identity(ultrafeedback(other, chat_folder)) != before
+    assert ultrafeedback(other, chat_folder).chats("train") != data.chats("train")
+    for change in ({"sft_single_turn": False}, {"seed": 1}, {"validation_share": 0.3}, {"sft_path": None}):
+        assert chats_identity(replace(data, **change)) != before  # type: ignore[arg-type]
+    assert chats_identity(replace(data, cache_dir="elsewhere")) == before
