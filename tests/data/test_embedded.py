@@ -248,8 +248,10 @@ def test_what_is_not_in_the_identity_of_the_chats_changes_no_chat(build: Build) 
     for field in dataclasses.fields(data):
         value = getattr(data, field.name)
         number = value + 1 if isinstance(value, int) else value / 2 if isinstance(value, float) else None
-        changed = dataclasses.replace(LABELS, met=2.0) if number is None else number
-        other = dataclasses.replace(data, **{field.name: changed})
+        changed: Any = dataclasses.replace(LABELS, met=2.0) if number is None else number
+        other = build(
+            **{**{one.name: getattr(data, one.name) for one in dataclasses.fields(data)}, field.name: changed}
+        )
         assert other.identity() != data.identity()
         equal = all(other.chats(split) == data.chats(split) for split in ("train", "validation"))
         assert equal == (chats_identity(other) == chats_identity(data)), field.name

@@ -536,5 +536,5 @@ def test_the_chats_decide_what_sft_models_are_shared(tmp_path: Path, folder: Pat
     assert chats_identity(ultrafeedback(other, chat_folder)) != before
     assert ultrafeedback(other, chat_folder).chats("train") != data.chats("train")
     for change in ({"sft_single_turn": False}, {"seed": 1}, {"validation_share": 0.3}, {"sft_path": None}):
-        assert chats_identity(replace(data, **change)) != before  # type: ignore[arg-type]
+        assert chats_identity(replace(data, **change)) != before
     assert chats_identity(replace(data, cache_dir="elsewhere")) == before
