@@ -84,7 +84,9 @@ CHEAP = [
     "search.plots",
     "search.plot_axes",
     "rewards.sentiment",
-    "data.ultrafeedback",
+    "data.published",
+    "data.preferences",
+    "data.corrupted",
     "data.files",
 ]
 

@@ -99,6 +99,8 @@ def test_every_option_composes_and_passes_the_door(group: str, option: str) -> N
     words = [f"{'+' if group == 'experiment' else ''}{group}={option}", *NEEDS.get((group, option), [])]
     if group == "loss/base":
         words.append("loss=unll")
+    if group == "dataset/chats":
+        words.append("dataset=ultrafeedback")
     if group.startswith("hydra/sweeper/"):
         words.append("hydra/sweeper=optuna")
     experiment = load(compose(words), words)

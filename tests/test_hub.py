@@ -7,6 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dppo.data.ultrafeedback import Source
+from dppo.data.sources import Published
 from dppo.errors import UserError
 from dppo.hub import local_folder, pinned_commit, snapshot
 from dppo.models import PretrainedModel, TinyLlama, save
@@ -113,8 +114,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.server_close()
 
 
-def source(path: str = "we/chats", revision: str = "main") -> Source:
-    return Source("dataset.path", path, revision, None, "train", "test")
+def source(path: str = "we/chats", revision: str = "main", **changed: Any) -> Published:
+    return replace(Published("dataset.path", path, revision, None, "train", None, "test", "cache"), **changed)
 
 
 def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,8 +200,8 @@ def test_a_model_comes_from_the_hub_as_safetensors_only(hub: Hub, tmp_path: Path
 
 
 def test_a_missing_split_of_a_repository_is_one_line(hub: Hub) -> None:
-    with pytest.raises(UserError, match=r"dataset\.path=we/chats: has no data/valid-\*\.parquet"):
-        Source("dataset.path", "we/chats", "main", None, "valid", "test").files("train")
+    with pytest.raises(UserError, match=r"dataset\.path=we/chats: has no split valid \(data/valid-\* or valid-\*"):
+        source(train_split="valid").files("train")
 
 
 def test_a_folder_wins_over_a_repository_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from dppo.types import Json, PreferenceExample, Prompt, Split
+
+if TYPE_CHECKING:
+    from dppo.data.rows import Reading
 
 
 @runtime_checkable
@@ -38,3 +41,24 @@ class LabelledDataset(Dataset, Protocol):
 
     def labelled(self, split: Split) -> list[PreferenceExample]:
         """Answers: each example has one ``desirable`` or ``undesirable`` response."""
+
+
+@runtime_checkable
+class CountedDataset(Dataset, Protocol):
+    """A data set whose rows are read from somewhere, and counted."""
+
+    def readings(self, of: Literal["preferences", "chats"]) -> tuple[Reading, ...]:
+        """What became of the rows: how many there were, how many are left, and why the others are not."""
+
+
+@runtime_checkable
+class SharedChats(Dataset, Protocol):
+    """A data set whose demonstrations are decided by less than the whole ``identity``."""
+
+    def chats_identity(self) -> dict[str, Json]:
+        """Everything that determines ``chats``; data sets that agree in it share their SFT models."""
+
+
+def chats_identity(dataset: Dataset) -> dict[str, Json]:
+    """Everything that determines the demonstrations of a data set: part of SFT's fingerprint."""
+    return dataset.chats_identity() if isinstance(dataset, SharedChats) else dataset.identity()

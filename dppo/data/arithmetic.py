@@ -89,6 +89,11 @@ class Arithmetic:
         """Everything that determines the rows."""
         return {"dataset": "arithmetic", "version": VERSION, **dataclasses.asdict(self)}
 
+    def chats_identity(self) -> dict[str, Json]:
+        """Everything that determines the demonstrations: not how many pairs and test prompts there are."""
+        names = ("seed", "n_chats", "n_validation", "largest_operand", "largest_removed")
+        return {"chats": "arithmetic", "version": VERSION, **{name: getattr(self, name) for name in names}}
+
     def prompts(self, split: Split) -> list[Prompt]:
         """The prompts of ``pairs(split)``."""
         return [prompt for prompt, _ in self._problems("pairs", split)]

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Sequence
 
 from dppo.types import Json, Message, Prompt, Response
 
 ID_DIGITS = 32
 
+# Soft hyphens, zero-width spaces and joiners, directional marks, tags: they show nothing.
+_UNSEEN = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]")
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
@@ -42,3 +46,34 @@ def example_id(prompt: Prompt, responses: Sequence[Response]) -> str:
         for response in responses
     ]
     return content_hash([prompt.prompt_id, rows])
+
+
+def prompt_key(messages: Sequence[Message]) -> str:
+    """The same for prompts that a reader takes for the same: by it splits are kept apart.
+
+    System turns, upper case, white space, characters that show nothing and compatible forms of Unicode (NFKC) make no
+    difference; user and assistant turns and their order do. Results are joined by ``prompt_id``, never by this.
+    """
+    return content_hash([[turn.role, _plain(turn.content)] for turn in messages if turn.role != "system"])
+
+
+def content_key(prompt: Prompt, responses: Sequence[Response]) -> str:
+    """The same for examples that differ in white space or Unicode composition (NFC) only, or in scores without a say.
+
+    Scores decide what a group of ranked answers means; those of a pair are ratings beside its order.
+    """
+    turns: list[Json] = [[turn.role, _spaced(turn.content)] for turn in prompt.messages]
+    answers: list[Json] = [
+        [one.role, _spaced(one.text), one.score if one.role == "ranked" else None] for one in responses
+    ]
+    return content_hash([turns, answers])
+
+
+def _plain(text: str) -> str:
+    if not text.isascii():
+        text = _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+    return " ".join(text.casefold().split())
+
+
+def _spaced(text: str) -> str:
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())

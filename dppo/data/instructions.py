@@ -149,6 +149,14 @@ class Instructions:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"dataset": "instructions", "version": VERSION, **settings, "labels": self.labels.identity()}
 
+    def chats_identity(self) -> dict[str, Json]:
+        """Everything that determines the demonstrations: not how many pairs and test prompts there are, and how good.
+
+        Demonstrations, pairs and test prompts are drawn apart from each other, and a request belongs to one split.
+        """
+        names = ("seed", "n_chats", "n_validation", "compliance", "habit_spread")
+        return {"chats": "instructions", "version": VERSION, **{name: getattr(self, name) for name in names}}
+
     def prompts(self, split: Split) -> list[Prompt]:
         """The prompts of ``pairs(split)``."""
         return [prompt for _, prompt in self._requests("pairs", split)]

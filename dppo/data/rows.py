@@ -5,58 +5,86 @@ A row that cannot be used is left out and counted by its reason; a data set of w
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from dppo.data import ids
-from dppo.data.draws import share
 from dppo.data.tables import read_rows
 from dppo.errors import UserError
-from dppo.types import Message, PreferenceExample, Prompt, Response, Split
+from dppo.types import Message, PreferenceExample, Prompt, Response
 
 logger = logging.getLogger("dppo.data")
 Row = Mapping[str, object]
+_SHOWN = 20  # characters of an unknown role that a reason names at most: it may hold anything
+
+
+DIFFERENT_PROMPTS = "chosen and rejected answer different prompts"
 
 
 class UnusableRow(Exception):
     """Why a row is left out: a few words that are the same for all rows with this fault."""
 
 
-@dataclass(frozen=True)
-class ChatColumns:
-    """Which column holds a conversation: a list of {role, content} messages."""
+class Columns(ABC):
+    """Which columns of a file hold an example: a frozen dataclass whose fields are their names.
 
-    messages: str
+    A schema of your own is a subclass; ``dppo.data.rows`` has what it needs: ``conversation``, ``split_answer``,
+    ``make_example`` and the exception ``UnusableRow``.
+    """
 
     @property
+    @abstractmethod
     def needed(self) -> tuple[str, ...]:
         """Columns that a file must have."""
-        return (self.messages,)
 
     @property
     def optional(self) -> tuple[str, ...]:
         """Columns that are read where a file has them."""
         return ()
 
+    @abstractmethod
     def example(self, row: Row, single_turn: bool) -> PreferenceExample:
-        """A demonstration: the conversation's last answer as ``chosen``. Raises UnusableRow."""
-        before, answer = _split(conversation(row.get(self.messages), self.messages), single_turn)
-        return _example(before, Response("chosen", answer))
+        """The example that a row holds. Raises UnusableRow."""
+
+    def settled(self, row: Row) -> Columns | None:
+        """The schema for all rows of a data set whose first row this is; None: this row cannot tell, ask the next."""
+        return self
+
+    def notes(self, examples: Sequence[PreferenceExample]) -> tuple[str, ...]:
+        """What there is to say about the examples of a file, for the line that is logged."""
+        return ()
 
 
 @dataclass(frozen=True)
-class PairColumns:
+class ChatColumns(Columns):
+    """Which column holds a conversation: a list of {role, content} messages."""
+
+    messages: str
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        return (self.messages,)
+
+    def example(self, row: Row, single_turn: bool) -> PreferenceExample:
+        """A demonstration: the conversation's last answer as ``chosen``. Raises UnusableRow."""
+        before, answer = split_answer(conversation(row.get(self.messages), self.messages), single_turn)
+        return make_example(before, Response("chosen", answer))
+
+
+@dataclass(frozen=True)
+class PairColumns(Columns):
     """Which columns hold a preference pair.
 
     An answer is text, or a list of {role, content} messages that ends with an assistant turn and may begin with the
     whole conversation. ``prompt`` (text, or such a list) is read only where the answers do not hold the
-    conversation; None if they always do. Scores are optional ratings.
+    conversation; None if they always do. Scores are optional ratings. ``system`` is a column with a system turn, which
+    a row may leave empty.
     """
 
     prompt: str | None
@@ -64,35 +92,32 @@ class PairColumns:
     rejected: str
     score_chosen: str | None
     score_rejected: str | None
+    system: str | None
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Columns that a file must have."""
         return tuple(column for column in (self.prompt, self.chosen, self.rejected) if column is not None)
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Columns that are read where a file has them."""
-        return tuple(column for column in (self.score_chosen, self.score_rejected) if column is not None)
+        return tuple(column for column in (self.score_chosen, self.score_rejected, self.system) if column is not None)
 
     def example(self, row: Row, single_turn: bool) -> PreferenceExample:
         """A preference pair. Raises UnusableRow."""
         prompt = None if self.prompt is None else row.get(self.prompt)
-        before, chosen = _split(_continued(prompt, row.get(self.chosen), "chosen"), single_turn)
-        other, rejected = _split(_continued(prompt, row.get(self.rejected), "rejected"), single_turn)
+        before, chosen = split_answer(continued(prompt, row.get(self.chosen), "chosen"), single_turn)
+        other, rejected = split_answer(continued(prompt, row.get(self.rejected), "rejected"), single_turn)
         if other != before:
-            raise UnusableRow("chosen and rejected answer different prompts")
-        if chosen == rejected:
-            raise UnusableRow("chosen and rejected are equal")
-        return _example(
-            before,
+            raise UnusableRow(DIFFERENT_PROMPTS)
+        return make_example(
+            _with_system(row, self.system, before),
             Response("chosen", chosen, _score(row, self.score_chosen)),
             Response("rejected", rejected, _score(row, self.score_rejected)),
         )
 
 
 @dataclass(frozen=True)
-class RankedColumns:
+class RankedColumns(Columns):
     """Which columns hold a prompt and its K >= 2 ranked answers.
 
     ``responses`` is a list of texts (or of lists of {role, content} messages as in a pair), ``scores`` a list of as
@@ -107,12 +132,10 @@ class RankedColumns:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Columns that a file must have."""
         return (self.prompt, self.responses, self.scores)
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Columns that are read where a file has them."""
         return () if self.context is None else (self.context,)
 
     def example(self, row: Row, single_turn: bool) -> PreferenceExample:
@@ -124,7 +147,7 @@ class RankedColumns:
         before: tuple[Message, ...] = ()
         ranked: dict[str, Response] = {}
         for place, (answer, value) in enumerate(zip(answers, scores, strict=True)):
-            found, text = _split(_continued(prompt, answer, "responses"), single_turn)
+            found, text = split_answer(continued(prompt, answer, "responses"), single_turn)
             if place and found != before:
                 raise UnusableRow("responses answer different prompts")
             before = found
@@ -134,11 +157,11 @@ class RankedColumns:
             ranked.setdefault(text, Response("ranked", text, score))
         if len(ranked) < 2:
             raise UnusableRow("fewer than two different answers")
-        return _example(before, *ranked.values())
+        return make_example(before, *ranked.values())
 
 
 @dataclass(frozen=True)
-class LabelledColumns:
+class LabelledColumns(Columns):
     """Which columns hold a prompt, one answer to it, and whether the answer is desirable.
 
     ``label`` holds true and false (in CSV as words, or 1 and 0).
@@ -150,83 +173,73 @@ class LabelledColumns:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Columns that a file must have."""
         return tuple(column for column in (self.prompt, self.completion, self.label) if column is not None)
-
-    @property
-    def optional(self) -> tuple[str, ...]:
-        """Columns that are read where a file has them."""
-        return ()
 
     def example(self, row: Row, single_turn: bool) -> PreferenceExample:
         """One labelled answer. Raises UnusableRow."""
         prompt = None if self.prompt is None else row.get(self.prompt)
-        before, answer = _split(_continued(prompt, row.get(self.completion), "completion"), single_turn)
+        before, answer = split_answer(continued(prompt, row.get(self.completion), "completion"), single_turn)
         label = str(row.get(self.label)).lower()
         if label not in ("true", "1", "false", "0"):
             raise UnusableRow("label is not true or false")
-        return _example(before, Response("desirable" if label in ("true", "1") else "undesirable", answer))
+        return make_example(before, Response("desirable" if label in ("true", "1") else "undesirable", answer))
 
 
-class Columns(Hashable, Protocol):
-    """Which columns of a file hold an example."""
+@dataclass(frozen=True)
+class Reading:
+    """What became of the rows of some files: of ``n_rows``, ``n_kept`` are examples, the others ``left_out``.
 
-    @property
-    def needed(self) -> tuple[str, ...]: ...
+    ``where`` names the source and its split. ``left_out`` counts rows by reason; ``notes`` are further words for the
+    user.
+    """
 
-    @property
-    def optional(self) -> tuple[str, ...]: ...
+    where: str
+    n_rows: int
+    n_kept: int
+    left_out: Mapping[str, int]
+    notes: tuple[str, ...]
 
-    def example(self, row: Row, single_turn: bool) -> PreferenceExample: ...
+    def __str__(self) -> str:
+        reasons = Counter(self.left_out)
+        left_out = f"; left out {reasons.total():,} ({listed(reasons)})" if reasons else ""
+        return f"{self.where}: {self.n_kept:,} of {self.n_rows:,} rows{left_out}" + "".join(
+            f"; {note}" for note in self.notes
+        )
 
 
 def read_examples(
-    files: Sequence[Path],
-    columns: Columns,
-    single_turn: bool,
-    where: str,
-    leave_out: frozenset[str] = frozenset(),
-) -> tuple[PreferenceExample, ...]:
-    """The examples of files, without unusable and repeated rows and prompts in ``leave_out`` (ids).
+    files: Sequence[Path], columns: Columns, single_turn: bool, where: str
+) -> tuple[tuple[PreferenceExample, ...], Reading]:
+    """The examples of files, without unusable and repeated rows, and what became of all rows.
 
-    Logs one line with the counts. Raises UserError, naming ``where``, if no row is left, and for files that cannot
-    be read. The last two results are kept, because several splits are cut from the same rows.
+    Of rows that say the same (the same prompt and answers, whatever their white space, Unicode composition and the
+    ratings of a pair) the first one counts: another copy would only double its weight. Raises UserError for files that
+    cannot be read.
     """
-    stamps = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else file for file in files)
-    return _read_examples(tuple(files), stamps, columns, single_turn, where, leave_out)
-
-
-@functools.lru_cache(maxsize=2)
-def _read_examples(
-    files: tuple[Path, ...],
-    stamps: tuple[object, ...],
-    columns: Columns,
-    single_turn: bool,
-    where: str,
-    leave_out: frozenset[str],
-) -> tuple[PreferenceExample, ...]:
-    """``stamps`` are the files' sizes and times of change, so that a rewritten file is read anew."""
     examples: dict[str, PreferenceExample] = {}
-    dropped: Counter[str] = Counter()
+    exact: set[str] = set()
+    left_out: Counter[str] = Counter()
+    settled: Columns | None = None
     n_rows = 0
     for row in read_rows(files, columns.needed, columns.optional):
         n_rows += 1
+        settled = settled or columns.settled(row)
         try:
-            example = columns.example(row, single_turn)
+            if settled is None:
+                raise UnusableRow("its schema cannot be told")
+            example = settled.example(row, single_turn)
         except UnusableRow as reason:
-            dropped[str(reason)] += 1
+            left_out[str(reason)] += 1
             continue
-        if example.prompt.prompt_id in leave_out:
-            dropped["prompt is in the test split"] += 1
-        elif example.example_id in examples:
-            dropped["repeated"] += 1
+        if example.example_id in exact:
+            left_out["repeated"] += 1
+        elif (key := ids.content_key(example.prompt, example.responses)) in examples:
+            left_out["repeated but for white space or ratings"] += 1
         else:
-            examples[example.example_id] = example
-    if not examples:
-        raise UserError(f"{where}: none of its {n_rows:,} rows can be used ({listed(dropped)})")
-    left_out = f"; left out {n_rows - len(examples):,} ({listed(dropped)})" if dropped else ""
-    logger.info("%s: %s of %s rows%s", where, f"{len(examples):,}", f"{n_rows:,}", left_out)
-    return tuple(examples.values())
+            examples[key] = example
+            exact.add(example.example_id)
+    kept = tuple(examples.values())
+    return kept, Reading(where, n_rows, len(kept), left_out, (settled or columns).notes(kept))
 
 
 def listed(reasons: Counter[str]) -> str:
@@ -234,28 +247,6 @@ def listed(reasons: Counter[str]) -> str:
     named = reasons.most_common(5)
     others = reasons.total() - sum(count for _, count in named)
     return ", ".join(f"{reason}: {count:,}" for reason, count in [*named, ("others", others)] if count)
-
-
-def cut(
-    examples: Sequence[PreferenceExample], split: Split, validation_share: float, test_share: float, seed: int
-) -> list[PreferenceExample]:
-    """The examples of one split, by a hash of ``seed`` and the prompt: all rows of a prompt are in the same one.
-
-    Raises UserError if the split is empty.
-    """
-    found = []
-    for example in examples:
-        place = share("split", seed, example.prompt.prompt_id)
-        of: Split = "train"
-        if place < test_share + validation_share:
-            of = "test" if place < test_share else "validation"
-        if of == split:
-            found.append(example)
-    if not found:
-        key = f"{'test' if split == 'test' else 'validation'}_share"
-        value = test_share if split == "test" else validation_share
-        raise UserError(f"dataset.{key}={value}: leaves no {split} row of {len(examples):,}; change it")
-    return found
 
 
 def check_share(key: str, value: float) -> None:
@@ -274,22 +265,23 @@ def conversation(value: object, name: str) -> tuple[Message, ...]:
     if value is None:
         raise UnusableRow(f"{name} is null")
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise UnusableRow(f"{name} is not a list of messages")
+        raise UnusableRow(f"{name} is neither text nor a list of messages")
     messages = []
     for turn in value:
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
             raise UnusableRow(f"{name} has a turn without role and content")
         role, content = turn["role"], turn["content"]
         if role not in ("system", "user", "assistant"):
-            raise UnusableRow(f"{name} has a turn of role {role}")
+            plain = isinstance(role, str) and len(role) <= _SHOWN and role.isascii() and role.isidentifier()
+            raise UnusableRow(f"{name} has a turn of {f'role {role}' if plain else 'an unknown role'}")
         if not isinstance(content, str):
             raise UnusableRow(f"{name} has a turn whose content is {'null' if content is None else 'not text'}")
         messages.append(Message(cast(Any, role), content))
     return tuple(messages)
 
 
-def _continued(prompt: object, answer: object, name: str) -> tuple[Message, ...]:
-    """Prompt and answer as one conversation."""
+def continued(prompt: object, answer: object, name: str) -> tuple[Message, ...]:
+    """Prompt and answer as one conversation. Raises UnusableRow."""
     if answer is None:
         raise UnusableRow(f"{name} is null")
     turns = (Message("assistant", answer),) if isinstance(answer, str) else conversation(answer, name)
@@ -301,8 +293,8 @@ def _continued(prompt: object, answer: object, name: str) -> tuple[Message, ...]
     return before + turns
 
 
-def _split(turns: tuple[Message, ...], single_turn: bool) -> tuple[tuple[Message, ...], str]:
-    """What comes before the last assistant turn, and that answer."""
+def split_answer(turns: tuple[Message, ...], single_turn: bool) -> tuple[tuple[Message, ...], str]:
+    """What comes before the last assistant turn, and that answer. Raises UnusableRow."""
     answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
         raise UnusableRow("no assistant turn")
@@ -318,9 +310,34 @@ def _split(turns: tuple[Message, ...], single_turn: bool) -> tuple[tuple[Message
     return before, answer
 
 
-def _example(messages: tuple[Message, ...], *responses: Response) -> PreferenceExample:
+def make_example(messages: tuple[Message, ...], *responses: Response) -> PreferenceExample:
+    """An example of these turns and answers. Raises UnusableRow."""
+    check_unicode(*(turn.content for turn in messages), *(one.text for one in responses))
+    if [one.role for one in responses] == ["chosen", "rejected"] and responses[0].text == responses[1].text:
+        raise UnusableRow("chosen and rejected are equal")
     prompt = Prompt(ids.prompt_id(messages), messages)
     return PreferenceExample(ids.example_id(prompt, responses), prompt, responses)
+
+
+def check_unicode(*texts: str) -> None:
+    """Raise UnusableRow for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    for text in texts:
+        try:
+            text.isascii() or text.encode()
+        except UnicodeEncodeError:
+            raise UnusableRow("text with half a surrogate pair, which is no Unicode") from None
+
+
+def _with_system(row: Row, column: str | None, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns behind the system turn that a column holds; as they are if it is empty."""
+    text = None if column is None else row.get(column)
+    if text is None or text == "":
+        return turns
+    if not isinstance(text, str):
+        raise UnusableRow(f"{column} is not text")
+    if turns[0].role == "system":
+        raise UnusableRow("two system turns")
+    return (Message("system", text), *turns) if text.strip() else turns
 
 
 def _with_context(prompt: object, context: object) -> object:
@@ -346,7 +363,7 @@ def _number(value: object, column: str) -> float | None:
         return None
     try:
         score = float(cast(Any, value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UnusableRow(f"{column} is not a number") from None
     if not math.isfinite(score):
         raise UnusableRow(f"{column} is not finite")

@@ -1,15 +1,21 @@
-"""Rows from local files: parquet, JSON and CSV. Files are named one by one, never found by a cache's key."""
+"""Rows from local files: parquet, JSON and CSV, the texts also as .gz. Files are named one by one, never found by a
+cache's key.
+"""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dppo.errors import UserError
 
 FORMATS = (".parquet", ".jsonl", ".csv", ".json")
+ENDINGS = (*FORMATS, ".jsonl.gz", ".csv.gz", ".json.gz")
+_LONGEST_CELL = 2**30  # characters
 Placed = tuple[str, dict[str, object]]  # a row behind its place in a file
 _Numbered = tuple[int, dict[str, object]]  # a row behind its number, or that of its (last) line, from 1
 
@@ -33,15 +39,18 @@ def read_rows(
 def placed_rows(files: Sequence[Path], needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Placed]:
     """The same, each behind its place for messages: ``file:line``, or ``file, row 3`` where rows are not lines."""
     for file in files:
-        read = {".parquet": _parquet, ".jsonl": _json_lines, ".csv": _csv, ".json": _json_list}.get(file.suffix)
-        if read is None:
-            raise UserError(f"{file}: unknown format {file.suffix or '(no ending)'}; use {', '.join(FORMATS)}")
+        packed = file.suffix == ".gz"
+        ending = file.with_suffix("").suffix if packed else file.suffix
+        read = {".parquet": _parquet, ".jsonl": _json_lines, ".csv": _csv, ".json": _json_list}.get(ending)
+        if read is None or (packed and ending == ".parquet"):
+            found = "".join(file.suffixes[-2:]) if packed else file.suffix
+            raise UserError(f"{file}: unknown format {found or '(no ending)'}; use {', '.join(FORMATS)}")
         if not file.is_file():
             raise UserError(f"{file}: there is no such file")
         if file.stat().st_size == 0:
             raise UserError(f"{file}: is empty")
         count = 0
-        before = ":" if file.suffix in (".jsonl", ".csv") else ", row "
+        before = ":" if ending in (".jsonl", ".csv") else ", row "
         for number, row in read(file, needed, optional):
             count += 1
             yield f"{file}{before}{number}", row
@@ -117,6 +126,7 @@ def _beyond_json(error: Exception) -> str:
 
 
 def _csv(file: Path, needed: Sequence[str], optional: Sequence[str]) -> Iterator[_Numbered]:
+    csv.field_size_limit(_LONGEST_CELL)  # Python's own limit of 131,072 characters is less than a long prompt has
     lines = csv.reader(_lines(file), strict=True)
     try:
         header = next(lines, [])
@@ -133,8 +143,13 @@ def _csv(file: Path, needed: Sequence[str], optional: Sequence[str]) -> Iterator
 
 
 def _lines(file: Path) -> Iterator[str]:
+    opened = gzip.open if file.suffix == ".gz" else open
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
+        with opened(file, "rt", encoding="utf-8-sig", newline="") as stream:
             yield from stream
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is not UTF-8 text (byte {error.start})") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # cut off, not packed at all, or altered
+        raise UserError(f"{file}: is not a whole gzip file ({error}); fetch or pack it again") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None

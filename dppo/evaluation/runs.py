@@ -181,6 +181,8 @@ def _settings(directory: Path) -> dict[str, Any]:
         raise _Damaged("config.yaml is not YAML") from None
     if not isinstance(settings, dict) or type(settings.get("seed")) is not int:
         raise _Damaged("config.yaml is not the configuration of a run: it has no seed")
+    if isinstance(settings.get("dataset"), dict):
+        settings["dataset"].pop("cache_dir", None)  # a copy of cache.dir, which says where and not what
     return settings
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dppo.artifacts import Build, Slot
 from dppo.config import SftSettings, TrainSettings
-from dppo.data import Dataset
+from dppo.data import Dataset, chats_identity
 from dppo.data.encoding import ChatEncoder, EncodedSet
 from dppo.data.subsets import nested_subset
 from dppo.errors import UserError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dppo.models import Model
     from dppo.stages.workbench import Workbench
 
-VERSION = 1
+VERSION = 2
 
 
 def sft_slot(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings, encoder: ChatEncoder) -> Slot:
@@ -33,7 +33,7 @@ def sft_slot(bench: Workbench, model: Model, dataset: Dataset, settings: SftSett
     }
     if train is not None:
         content |= {
-            "data": dataset.identity(),
+            "data": chats_identity(dataset),
             "settings": train.identity(),
             "numerics": bench.numerics(train.precision, train.packing),
         }

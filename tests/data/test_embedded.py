@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 
-from dppo.data import Dataset, ids
+from dppo.data import Dataset, chats_identity, ids
 from dppo.data.arithmetic import Arithmetic
 from dppo.data.instructions import PARTNER, Instructions
 from dppo.errors import UserError
@@ -239,3 +239,19 @@ def test_demonstrations_and_training_pairs_share_no_numbers() -> None:
     shown = {numbers(chat.prompt) for chat in data.chats("train")}
     for split in SPLITS:
         assert not shown & {numbers(prompt) for prompt in data.prompts(split)}
+
+
+@both
+def test_what_is_not_in_the_identity_of_the_chats_changes_no_chat(build: Build) -> None:
+    """SFT models are shared by it, so every setting is tried: it changes the chats and this identity, or neither."""
+    data = build(n_chats=40, n_pairs=30, n_validation=20)
+    for field in dataclasses.fields(data):
+        value = getattr(data, field.name)
+        number = value + 1 if isinstance(value, int) else value / 2 if isinstance(value, float) else None
+        changed: Any = dataclasses.replace(LABELS, met=2.0) if number is None else number
+        other = build(
+            **{**{one.name: getattr(data, one.name) for one in dataclasses.fields(data)}, field.name: changed}
+        )
+        assert other.identity() != data.identity()
+        equal = all(other.chats(split) == data.chats(split) for split in ("train", "validation"))
+        assert equal == (chats_identity(other) == chats_identity(data)), field.name

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dppo.data import Dataset
+from dppo.data import Dataset, chats_identity
 from dppo.data.files import PairsFile
+from dppo.data.published import PublishedPairs
 from dppo.data.rows import PairColumns
 from dppo.data.subsets import nested_subset
-from dppo.data.ultrafeedback import UltraFeedback
 from dppo.errors import UserError
 from dppo.types import Message, PreferenceExample
 
@@ -63,22 +63,28 @@ def chats(folder: Path, train: Sequence[Row], test: Sequence[Row]) -> Path:
     return write(folder, {"all/train-00000-of-00001": train, "all/test-00000-of-00001": test})
 
 
-def ultrafeedback(path: Path, sft_path: Path | None = None, **changed: Any) -> UltraFeedback:
+def ultrafeedback(path: Path, sft_path: Path | None = None, **changed: Any) -> PublishedPairs:
     settings: dict[str, Any] = {
         "path": str(path),
         "revision": "main",
+        "config": None,
         "train_split": "train_prefs",
+        "validation_split": None,
         "test_split": "test_prefs",
+        "columns": PairColumns(None, "chosen", "rejected", "score_chosen", "score_rejected", None),
         "sft_path": str(sft_path or path),
         "sft_revision": "main",
         "sft_config": "all",
         "sft_train_split": "train",
         "sft_test_split": "test",
+        "sft_single_turn": True,
         "single_turn": True,
         "validation_share": 0.2,
+        "test_share": 0.1,
         "seed": 0,
+        "cache_dir": str(path.parent / "cache"),
     }
-    return UltraFeedback(**settings | changed)
+    return PublishedPairs(**settings | changed)
 
 
 def pairs_file(path: Path, **changed: Any) -> PairsFile:
@@ -86,7 +92,7 @@ def pairs_file(path: Path, **changed: Any) -> PairsFile:
         "path": str(path),
         "test_path": None,
         "sft_path": None,
-        "columns": PairColumns("prompt", "chosen", "rejected", None, None),
+        "columns": PairColumns("prompt", "chosen", "rejected", None, None, None),
         "single_turn": True,
         "validation_share": 0.2,
         "test_share": 0.3,
@@ -170,7 +176,7 @@ def test_single_turn_leaves_out_conversations_and_keeps_system_turns(tmp_path: P
     data = ultrafeedback(folder, chats(tmp_path / "chats", [chat_row("x")], rows))
     (only,) = data.chats("test")
     assert only.prompt.messages == (Message("system", "s"), Message("user", "e"))
-    conversation, _ = replace(data, single_turn=False).chats("test")
+    conversation, _ = replace(data, sft_single_turn=False).chats("test")
     assert [one.content for one in conversation.prompt.messages] == ["a", "b", "c"]
     assert conversation.responses[0].text == "d"
 
@@ -254,14 +260,16 @@ def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dataset\.path=.*nowhere: there is no such folder"):
         ultrafeedback(tmp_path / "nowhere").pairs("test")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"dataset\.sft_path=.*is a file"):
-        ultrafeedback(tmp_path, tmp_path / "file").chats("test")
+    with pytest.raises(UserError, match=r"file: unknown format \(no ending\)"):
+        ultrafeedback(preferences(tmp_path, [pair_row("a")], [pair_row("b")]), tmp_path / "file").chats("test")
 
 
 def test_a_missing_split_says_what_is_there(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"has no data/test-\*\.parquet; found data/test_prefs-00000-of-00001\.parquet"):
+    with pytest.raises(
+        UserError, match=r"has no split test \(data/test-\* or .*found data/test_prefs-00000-of-00001\.parquet"
+    ):
         ultrafeedback(folder, test_split="test").pairs("test")
-    with pytest.raises(UserError, match=r"dataset\.sft_path=.*has no data/all/train-\*\.parquet"):
+    with pytest.raises(UserError, match=r"dataset\.sft_path=.*has no split train \(data/all/train-\* or all/train-\*"):
         ultrafeedback(folder).identity()
 
 
@@ -271,6 +279,7 @@ def test_a_missing_column_says_what_was_found(tmp_path: Path, folder: Path) -> N
         UserError, match=r"train_prefs-.*parquet: has no column chosen, rejected; found prompt, answer_a"
     ):
         ultrafeedback(folder).pairs("train")
+    preferences(folder, [pair_row("train")], [pair_row("test")])
     with pytest.raises(UserError, match=r"has no column messages; found question"):
         ultrafeedback(folder, chats(tmp_path / "chats", [chat_row("a")], [{"question": "a"}])).chats("test")
 
@@ -399,7 +408,7 @@ def test_text_and_messages_mean_the_same(row: Row, tmp_path: Path) -> None:
 def test_columns_may_have_other_names(tmp_path: Path) -> None:
     rows = [{"instruction": "q", "better": "y", "worse": "n", "a": 9, "b": "1.5"}]
     path = write_jsonl(tmp_path / "test.jsonl", rows)
-    columns = PairColumns("instruction", "better", "worse", "a", "b")
+    columns = PairColumns("instruction", "better", "worse", "a", "b", None)
     (one,) = pairs_file(path, test_path=str(path), columns=columns).pairs("test")
     assert [response.score for response in one.responses] == [9.0, 1.5]
     with pytest.raises(UserError, match=r"test\.jsonl:1: has no column prompt, chosen, rejected; found instruction"):
@@ -410,7 +419,7 @@ def test_an_empty_cell_is_a_null(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     caplog.set_level(logging.INFO, "dppo.data")
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,chosen,rejected,a,b\nq,y,n,7,\nq,,n,1,2\n")
-    columns = PairColumns("prompt", "chosen", "rejected", "a", "b")
+    columns = PairColumns("prompt", "chosen", "rejected", "a", "b", None)
     (one,) = pairs_file(path, test_path=str(path), columns=columns).pairs("test")
     assert [response.score for response in one.responses] == [7.0, None]
     assert "chosen is null: 1" in caplog.text
@@ -471,3 +480,61 @@ def test_subsets_are_nested_and_keep_their_order_when_rows_are_added(tmp_path: P
     assert nested_subset(pairs, None, 1) != whole
     prompts = data.prompts("train")
     assert set(nested_subset(prompts, 3, 0)) < set(nested_subset(prompts, 9, 0))
+
+
+# --- no prompt in training and evaluation ----------------------------------------------------------------------------
+
+
+def shown(prompt: str) -> str:
+    return " ".join(prompt.replace("\u200b", "").lower().split())
+
+
+def test_demonstrations_leave_out_the_evaluation_prompts_of_the_preferences(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = [f"Question {n}?" for n in range(80)]
+    folder = preferences(tmp_path / "pairs", [pair_row(text) for text in asked], [pair_row("Test a?"), pair_row("b")])
+    # The same prompts in another spelling, behind a system turn, and some that are nowhere else.
+    others = [f" question\n{n}? " for n in range(80)] + ["TEST \u200ba?"] + [f"chat {n}" for n in range(40)]
+    rows = [{"messages": [turn("system", "s"), turn("user", text), turn("assistant", "a")]} for text in others]
+    data = ultrafeedback(folder, chats(tmp_path / "chats", rows, [chat_row("chat 3")]))
+    with caplog.at_level(logging.INFO, "dppo.data"):
+        trained = [*data.chats("train"), *data.pairs("train")]
+    evaluated = {shown(text) for split in ("validation", "test") for text in questions(data.pairs(split))}
+    assert len(evaluated) > 8
+    assert not evaluated & {shown(text) for text in questions([*trained, *data.chats("validation")])}
+    # Nothing else is left out: every other prompt is there, in training or the chats' own validation.
+    left = {shown(text) for text in questions([*data.chats("train"), *data.chats("validation")])}
+    assert left == {shown(text) for text in others} - evaluated - {"chat 3"}
+    n_left_out = len({shown(text) for text in others} & evaluated)
+    assert f"(prompt is an evaluation prompt of the preferences: {n_left_out}, prompt is in the test split: 1)" in (
+        caplog.text
+    )
+    _, reading = data.readings("chats")
+    assert reading.left_out["prompt is an evaluation prompt of the preferences"] == n_left_out
+
+
+def test_a_prompt_in_two_spellings_is_in_one_split(tmp_path: Path) -> None:
+    rows = [{**FLAT[n], "prompt": text} for n in range(60) for text in (f"Question {n}", f"question  {n}\n")]
+    data = pairs_file(write_jsonl(tmp_path / "pairs.jsonl", rows))
+    splits = [{shown(text) for text in questions(data.pairs(split))} for split in ("train", "validation", "test")]
+    assert sum(map(len, splits)) == len(set().union(*splits)) == 60
+
+
+def test_the_chats_decide_what_sft_models_are_shared(tmp_path: Path, folder: Path, chat_folder: Path) -> None:
+    data = ultrafeedback(folder, chat_folder)
+    before = chats_identity(data)
+    json.dumps(before)
+    # The same evaluation prompts: other answers and other columns leave the demonstrations as they were.
+    train = [pair_row(f"question {n}", "another answer") for n in range(60)]
+    same = preferences(tmp_path / "same", train, [pair_row("test a", "z"), pair_row("test b")])
+    assert chats_identity(ultrafeedback(same, chat_folder)) == before
+    assert ultrafeedback(same, chat_folder).identity() != data.identity()
+    assert ultrafeedback(same, chat_folder).chats("train") == data.chats("train")
+    # Others do not, even if no chat has them: what is left out is decided by them.
+    other = preferences(tmp_path / "other", train, [pair_row("chat 7"), pair_row("test b")])
+    assert chats_identity(ultrafeedback(other, chat_folder)) != before
+    assert ultrafeedback(other, chat_folder).chats("train") != data.chats("train")
+    for change in ({"sft_single_turn": False}, {"seed": 1}, {"validation_share": 0.3}, {"sft_path": None}):
+        assert chats_identity(replace(data, **change)) != before
+    assert chats_identity(replace(data, cache_dir="elsewhere")) == before
