@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from dppo import dotted
+from dppo.command_line import explain_composition
 from dppo.errors import UserError
 
 if TYPE_CHECKING:
@@ -329,6 +331,31 @@ def compose(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictC
     search_path = f"hydra.searchpath=[file://{SWEEPS_DIR}]"
     with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR), job_name="dppo"):
         return hydra_compose("config", overrides=[search_path, *canonical(overrides)], return_hydra_config=with_hydra)
+
+
+def from_words(words: Sequence[str]) -> Experiment:
+    """The experiment that these words of a command line make; for commands that look at it without running it.
+
+    Raises UserError with one line for what does not compose, as for what ``load`` refuses.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import InterpolationResolutionError
+
+    words = canonical(words)
+    try:
+        return load(compose(words), words)
+    except InterpolationResolutionError as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    except HydraException as error:
+        raise UserError(explain_composition(error, words, known_keys())) from None
+
+
+def known_keys() -> list[str]:
+    """The keys of the configuration that no word changes."""
+    from omegaconf import OmegaConf
+
+    base = cast("dict[str, Any]", OmegaConf.to_container(compose(), resolve=False))
+    return dotted.names({str(key): value for key, value in base.items()})
 
 
 def load(composed: DictConfig, overrides: Sequence[str] = ()) -> Experiment:
