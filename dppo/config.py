@@ -402,6 +402,18 @@ def typed(cls: type, values: Mapping[str, Any], path: str) -> Any:
     return _Door(()).dataclass(cls, values, path)
 
 
+def recorded(settings: Mapping[str, Any], part: str) -> Any:
+    """One part of an experiment, such as ``generation``, from the plain values of a run's config.yaml.
+
+    Raises UserError as ``load`` does, and where the run has no such part.
+    """
+    if part not in settings:
+        raise UserError(f"{part}: is not in this run's config.yaml; run it again with this version")
+    allowed = ("dppo.", *_strings(settings.get("allowed_targets", []), "allowed_targets"))
+    hints = typing.get_type_hints(Experiment, localns=_forward_names(Experiment))
+    return _Door(allowed).build(hints[part], settings[part], part)
+
+
 def _strings(value: object, path: str) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
         raise UserError(f"{path}={shown(value)}: must be a list of words")

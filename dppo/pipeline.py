@@ -562,11 +562,14 @@ def _evaluation_prompts(experiment: Experiment) -> list[Prompt]:
 
 
 def _workbench(experiment: Experiment) -> Workbench:
+    return workbench(experiment.cache.dir, experiment.device)
+
+
+def workbench(cache_dir: str, device: str) -> Workbench:
     """The cache and the device of a run; makes no directory. Raises UserError for a device that is not there."""
     import torch
     from accelerate import Accelerator
 
-    device = experiment.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}: this machine has no CUDA device; choose device=cpu or device=auto")
     if device == "mps" and not torch.backends.mps.is_available():
@@ -575,8 +578,7 @@ def _workbench(experiment: Experiment) -> Workbench:
         raise UserError(f"device={device}: this machine has no XPU device; choose device=cpu or device=auto")
     if ":" in device:
         getattr(torch, device.partition(":")[0]).set_device(int(device.partition(":")[2]))
-    cache = Cache(Path(experiment.cache.dir))
-    return Workbench(cache, Accelerator(cpu=device == "cpu"))
+    return Workbench(Cache(Path(cache_dir)), Accelerator(cpu=device == "cpu"))
 
 
 def _run_info(
