@@ -167,21 +167,28 @@ class InterimSettings:
     """Measurements during the last phase, at ``n_points`` equal shares of its steps; they change no result.
 
     ``metric`` is what a search's pruner sees: the win rate on ``n_prompts`` fixed validation prompts, or the accuracy
-    on held-out pairs. ``max_kl`` ends a run whose KL to the reference model, nats per token of its own answers to
-    those prompts, is above it.
+    on held-out pairs. ``kl`` measures KL to the reference model on those answers as well, so that a report can draw
+    reward against KL along training; the curve is then part of what is trained. ``max_kl`` ends a run whose KL to the
+    reference model, nats per token of its own answers to those prompts, is above it.
     """
 
     n_points: int
     n_prompts: int
     metric: Literal["win_rate", "accuracy"]
+    kl: bool
     max_kl: float | None
 
     def __post_init__(self) -> None:
         require(0 <= self.n_points <= 99, "n_points", self.n_points, "must be a number from 0 to 99")
         require(self.n_prompts >= 1, "n_prompts", self.n_prompts, "must be at least 1")
+        require(not self.kl or self.n_points > 0, "kl", self.kl, "is measured during training: set n_points as well")
         if self.max_kl is not None:
             require(self.max_kl > 0, "max_kl", self.max_kl, "must be > 0 nats a token, or null")
             require(self.n_points > 0, "max_kl", self.max_kl, "is looked at during training: set n_points as well")
+
+    @property
+    def measures_kl(self) -> bool:
+        return self.kl or self.max_kl is not None
 
 
 @dataclass(frozen=True)
