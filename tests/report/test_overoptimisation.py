@@ -7,7 +7,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 
 from dppo import config
 from dppo.report.evidence import Group
@@ -52,7 +54,8 @@ def test_a_curve_begins_at_sft_and_its_highest_point_is_marked(tmp_path: Path) -
                 points_of(line) for line in axes.lines if line.get_marker() != "None" and line.get_markersize() > 6
             ]
             assert large == [[(4, value)]]  # that of the highest reward
-        bars = {tuple(map(tuple, part)) for one in figure.axes[0].collections for part in one.get_segments()}
+        lines = [one for one in figure.axes[0].collections if isinstance(one, LineCollection)]
+        bars = {tuple(map(tuple, np.asarray(part))) for one in lines for part in one.get_segments()}
         assert bars == {((1, 0.25), (1, 0.75)), ((4, 0.75), (4, 1.25)), ((9, 0.0), (9, 0.5))}
     assert "40 fixed validation prompts" in made.lead and "95 % intervals over prompts" in made.lead
     assert made.missing == made.command == ""
