@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dppo import config, dotted, startup
+from dppo import config, startup
 from dppo.command_line import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -222,7 +222,7 @@ def _main() -> int:
     except InterpolationResolutionError as error:
         return complain(str(error).splitlines()[0])
     except HydraException as error:
-        return complain(explain_composition(error, overrides, _known_keys()))
+        return complain(explain_composition(error, overrides, config.known_keys()))
     except Resumable as stop:
         print(f"interrupted: {stop} continues", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -385,14 +385,6 @@ def _jobs(sweeper: Any, overrides: Sequence[str]) -> list[list[str]]:
             ((place, value) for value in values) for place, values in enumerate(swept)
         )
     ]
-
-
-def _known_keys() -> list[str]:
-    from omegaconf import OmegaConf
-
-    base = OmegaConf.to_container(config.compose(), resolve=False)
-    assert isinstance(base, dict)
-    return dotted.names({str(key): value for key, value in base.items()})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from dppo import dotted
+from dppo.command_line import explain_composition
 from dppo.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,21 +167,28 @@ class InterimSettings:
     """Measurements during the last phase, at ``n_points`` equal shares of its steps; they change no result.
 
     ``metric`` is what a search's pruner sees: the win rate on ``n_prompts`` fixed validation prompts, or the accuracy
-    on held-out pairs. ``max_kl`` ends a run whose KL to the reference model, nats per token of its own answers to
-    those prompts, is above it.
+    on held-out pairs. ``kl`` measures KL to the reference model on those answers as well, so that a report can draw
+    reward against KL along training; the curve is then part of what is trained. ``max_kl`` ends a run whose KL to the
+    reference model, nats per token of its own answers to those prompts, is above it.
     """
 
     n_points: int
     n_prompts: int
     metric: Literal["win_rate", "accuracy"]
+    kl: bool
     max_kl: float | None
 
     def __post_init__(self) -> None:
         require(0 <= self.n_points <= 99, "n_points", self.n_points, "must be a number from 0 to 99")
         require(self.n_prompts >= 1, "n_prompts", self.n_prompts, "must be at least 1")
+        require(not self.kl or self.n_points > 0, "kl", self.kl, "is measured during training: set n_points as well")
         if self.max_kl is not None:
             require(self.max_kl > 0, "max_kl", self.max_kl, "must be > 0 nats a token, or null")
             require(self.n_points > 0, "max_kl", self.max_kl, "is looked at during training: set n_points as well")
+
+    @property
+    def measures_kl(self) -> bool:
+        return self.kl or self.max_kl is not None
 
 
 @dataclass(frozen=True)
@@ -331,6 +340,31 @@ def compose(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictC
         return hydra_compose("config", overrides=[search_path, *canonical(overrides)], return_hydra_config=with_hydra)
 
 
+def from_words(words: Sequence[str]) -> Experiment:
+    """The experiment that these words of a command line make; for commands that look at it without running it.
+
+    Raises UserError with one line for what does not compose, as for what ``load`` refuses.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import InterpolationResolutionError
+
+    words = canonical(words)
+    try:
+        return load(compose(words), words)
+    except InterpolationResolutionError as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    except HydraException as error:
+        raise UserError(explain_composition(error, words, known_keys())) from None
+
+
+def known_keys() -> list[str]:
+    """The keys of the configuration that no word changes."""
+    from omegaconf import OmegaConf
+
+    base = cast("dict[str, Any]", OmegaConf.to_container(compose(), resolve=False))
+    return dotted.names({str(key): value for key, value in base.items()})
+
+
 def load(composed: DictConfig, overrides: Sequence[str] = ()) -> Experiment:
     """Check a composed configuration and build the experiment.
 
@@ -373,6 +407,18 @@ def load(composed: DictConfig, overrides: Sequence[str] = ()) -> Experiment:
 def typed(cls: type, values: Mapping[str, Any], path: str) -> Any:
     """Build settings that are not part of an experiment from plain values, checked as everything is."""
     return _Door(()).dataclass(cls, values, path)
+
+
+def recorded(settings: Mapping[str, Any], part: str) -> Any:
+    """One part of an experiment, such as ``generation``, from the plain values of a run's config.yaml.
+
+    Raises UserError as ``load`` does, and where the run has no such part.
+    """
+    if part not in settings:
+        raise UserError(f"{part}: is not in this run's config.yaml; run it again with this version")
+    allowed = ("dppo.", *_strings(settings.get("allowed_targets", []), "allowed_targets"))
+    hints = typing.get_type_hints(Experiment, localns=_forward_names(Experiment))
+    return _Door(allowed).build(hints[part], settings[part], part)
 
 
 def _strings(value: object, path: str) -> tuple[str, ...]:

@@ -347,6 +347,7 @@ def _phase(
         reference=lookup,
         parents=parents,
         encoder=encoder,
+        curve=curve_identity(experiment) if watch is not None else None,
         interim=watch(n_steps(train, len(examples)), held_out) if watch is not None else None,
         on_row=mirror.row,
     )
@@ -374,7 +375,7 @@ def _interim(
         if settings.metric == "win_rate":
             measured = [answered.fingerprint, scored.fingerprint, *(prompt.prompt_id for prompt in prompts)]
         train = list(experiment.phases.values())[-1].train
-        kl = settings.max_kl is not None
+        kl = settings.measures_kl
         measure = interim_win_rate(
             bench, base, prompts, baseline, experiment.generation, experiment.reward, encoder, train, kl=kl
         )
@@ -391,6 +392,22 @@ def _interim(
     return Interim(
         percent_at, settings.metric, measure, within_limits, int(content_hash([settings.metric, measured])[:8], 16)
     )
+
+
+def curve_identity(experiment: Experiment) -> Json:
+    """What decides the curve of reward against KL that the last phase leaves; None: it leaves none.
+
+    A policy from the cache can't be measured on its way any more, so one with a curve is another artifact.
+    """
+    settings = experiment.evaluation.interim
+    if not settings.kl:
+        return None
+    return {
+        "n_points": settings.n_points,
+        "n_prompts": settings.n_prompts,
+        "reward": experiment.reward.identity(),
+        "decoding": experiment.generation.identity(),
+    }
 
 
 def interim_data(
@@ -410,7 +427,7 @@ def interim_data(
             "evaluation.interim.metric=accuracy: there are no held-out pairs to rank; choose win_rate, or a data set "
             "with validation pairs"
         )
-    if settings.metric == "accuracy" and settings.max_kl is None:
+    if settings.metric == "accuracy" and not settings.measures_kl:
         return percent_at, []
     prompts = nested_subset(_prompts(experiment.dataset, "validation"), settings.n_prompts, FIXED)
     if not prompts:
@@ -562,11 +579,14 @@ def _evaluation_prompts(experiment: Experiment) -> list[Prompt]:
 
 
 def _workbench(experiment: Experiment) -> Workbench:
+    return workbench(experiment.cache.dir, experiment.device)
+
+
+def workbench(cache_dir: str, device: str) -> Workbench:
     """The cache and the device of a run; makes no directory. Raises UserError for a device that is not there."""
     import torch
     from accelerate import Accelerator
 
-    device = experiment.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}: this machine has no CUDA device; choose device=cpu or device=auto")
     if device == "mps" and not torch.backends.mps.is_available():
@@ -575,8 +595,7 @@ def _workbench(experiment: Experiment) -> Workbench:
         raise UserError(f"device={device}: this machine has no XPU device; choose device=cpu or device=auto")
     if ":" in device:
         getattr(torch, device.partition(":")[0]).set_device(int(device.partition(":")[2]))
-    cache = Cache(Path(experiment.cache.dir))
-    return Workbench(cache, Accelerator(cpu=device == "cpu"))
+    return Workbench(Cache(Path(cache_dir)), Accelerator(cpu=device == "cpu"))
 
 
 def _run_info(

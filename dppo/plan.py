@@ -336,12 +336,14 @@ def _add_phase(planner: _Planner, phase: Phase, training: Sequence[PreferenceExa
         planner.store("reference", logps, [*response_keys(examples), *unknown], "response")
         parents.append(logps.fingerprint)
     steps = n_steps(phase.train, len(data.examples))
+    curve: Json = None
     if phase is list(experiment.phases.values())[-1]:
+        curve = pipeline.curve_identity(experiment)
         _, prompts = pipeline.interim_data(experiment, steps, data.held_out)
         if prompts:
             _add_rewards(planner, {"baseline": answers_store(bench, base, experiment.generation, encoder)}, prompts)
     data_identity = pipeline.training_data(experiment)
-    slot = preference_slot(bench, phase, start, parents, data=data_identity, seed=experiment.seed)
+    slot = preference_slot(bench, phase, start, parents, data=data_identity, seed=experiment.seed, curve=curve)
     planner.artifact("preference", slot, steps, "step")
     return slot
 

@@ -154,6 +154,29 @@ def test_a_row_is_what_the_run_would_have_been_worth_there(tmp_path: Path) -> No
     assert all(row["interim/kl_nats_per_token"] > 0.01 for row in rows)
 
 
+def test_reward_and_kl_along_training_lie_with_the_policy(tmp_path: Path) -> None:
+    """The same training with and without a curve, each in its own artifact; intervals and KL of what was answered."""
+    without = run_small(tmp_path, *STEEP, POINTS)
+    curve = (*STEEP, POINTS, "evaluation.interim.kl=true", "evaluation.interim.n_prompts=12")
+    found = run_small(tmp_path, *curve)
+    assert "preference" in found.built and found.samples == without.samples
+    rows = [row for row in found.metrics if "interim/percent" in row]
+    assert len(rows) == 3
+    for row in rows:
+        assert 0 < row["interim/kl_nats_per_token"] <= row["interim/kl_nats_per_answer"]
+        tokens = row["interim/kl_nats_per_answer"] / row["interim/kl_nats_per_token"]
+        assert tokens == pytest.approx(row["interim/tokens"])
+        assert row["interim/gain_ci_low"] <= row["interim/gain"] <= row["interim/gain_ci_high"]
+        assert row["interim/win_rate_ci_low"] <= row["interim/win_rate"] <= row["interim/win_rate_ci_high"]
+    baseline = [row["interim/reward"] - row["interim/gain"] for row in rows]
+    assert baseline == pytest.approx([baseline[0]] * 3)
+    again = run_small(tmp_path, *curve)  # from the cache, with the same rows
+    assert again.built == [] and [row for row in again.metrics if "interim/percent" in row] == rows
+    assert not any("kl_nats" in name for row in without.metrics for name in row)
+    more = run_small(tmp_path, *curve, "evaluation.interim.n_points=1")
+    assert "preference" in more.built
+
+
 def test_accuracy_is_that_of_the_held_out_pairs(tmp_path: Path) -> None:
     found = run_small(
         tmp_path, *STEEP, POINTS, "evaluation.interim.metric=accuracy", "train.evaluate_every=2", "train.steps=8"
@@ -201,6 +224,7 @@ def test_where_it_is_measured(steps: int, n_points: int, expected: dict[int, int
     ("given", "said"),
     [
         ({"n_points": 0, "max_kl": 0.1}, "max_kl=0.1: is looked at during training: set n_points as well"),
+        ({"n_points": 0, "kl": True}, "kl=true: is measured during training: set n_points as well"),
         ({"max_kl": 0.0}, "max_kl=0.0: must be > 0 nats a token, or null"),
         ({"n_points": 100}, "n_points=100: must be a number from 0 to 99"),
         ({"n_prompts": 0}, "n_prompts=0: must be at least 1"),
@@ -208,7 +232,7 @@ def test_where_it_is_measured(steps: int, n_points: int, expected: dict[int, int
     ],
 )
 def test_settings_that_mean_nothing_are_refused(given: dict[str, Any], said: str) -> None:
-    usual = {"n_points": 3, "n_prompts": 64, "metric": "win_rate", "max_kl": None}
+    usual = {"n_points": 3, "n_prompts": 64, "metric": "win_rate", "kl": False, "max_kl": None}
     with pytest.raises(UserError) as error:
         config.typed(InterimSettings, {**usual, **given}, "evaluation.interim")
     assert str(error.value) == f"evaluation.interim.{said}"

@@ -122,6 +122,7 @@ def test_a_time_of_another_model_or_precision_says_nothing(warm: tuple[Path, Pla
         "loss=sft",
         "loss=none",
         "loss=unll evaluation.interim.n_points=2 evaluation.interim.n_prompts=4",
+        "loss=unll evaluation.interim.n_points=2 evaluation.interim.n_prompts=4 evaluation.interim.kl=true",
         "sft=none loss=dpo train.steps=2",
         "loss=dpo sft.train.steps=null sft.train.epochs=1 train=lora train.steps=2",
         "+experiment=unll_then_dpo phases.unll.train.steps=3 phases.dpo.train.steps=2",

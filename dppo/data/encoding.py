@@ -45,14 +45,21 @@ class TemplateRefusal(Exception):
 class EncodedSet:
     """Examples that fit into ``max_length`` tokens, prompt and any one response together (None: no limit).
 
-    ``n_dropped`` examples are missing, ``n_truncated`` responses were cut; ``notes`` say so in lines for the user.
+    ``dropped`` counts the examples that are missing by their reason, ``n_truncated`` responses were cut; ``notes`` say
+    so in lines for the user. ``lengths`` are tokens before anything was cut or dropped for its length: of every prompt
+    and of the responses by role, and as ``whole`` of each example's prompt with its longest response.
     """
 
     examples: tuple[EncodedExample, ...]
     max_length: int | None
-    n_dropped: int
+    dropped: Mapping[str, int]
     n_truncated: int
     notes: tuple[str, ...]
+    lengths: Mapping[str, tuple[int, ...]]
+
+    @property
+    def n_dropped(self) -> int:
+        return sum(self.dropped.values())
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,13 @@ class ChatEncoder:
         """The ids that end a generation: the end-of-turn token, and the tokenizer's eos where it is another one."""
         ends = {self._tokenize([self._end])[0][0], self.tokenizer.eos_token_id}
         return frozenset(end for end in ends if isinstance(end, int))
+
+    @functools.cached_property
+    def control_ids(self) -> frozenset[int]:
+        """The ids of control tokens, which only the template writes."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        spelled = {token_id for token_id, token in added if self._control.fullmatch(token.content)}
+        return frozenset(spelled.union(self.tokenizer.all_special_ids))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a response, without control tokens."""
@@ -225,7 +239,7 @@ class ChatEncoder:
             )
         if left_out:
             notes.append(f"{sum(left_out.values()):,} of {len(examples):,} examples left out ({listed(left_out)})")
-        return EncodedSet(tuple(fitting), limit, sum(left_out.values()), n_truncated, tuple(notes))
+        return EncodedSet(tuple(fitting), limit, dict(left_out), n_truncated, tuple(notes), _lengths(whole))
 
     def add_generated(
         self, encoded: Sequence[EncodedExample], generations: Mapping[str, Generation], max_length: int | None
@@ -415,6 +429,16 @@ def percentile(lengths: Sequence[int], word: str) -> int:
     if found is None or not 1 <= int(found[1]) <= 100:
         raise UserError(f"max_length={word}: must be a number of tokens, a percentile such as p95, or null")
     return sorted(lengths)[math.ceil(int(found[1]) * len(lengths) / 100) - 1]
+
+
+def _lengths(examples: Sequence[EncodedExample]) -> dict[str, tuple[int, ...]]:
+    roles = dict.fromkeys(response.role for example in examples for response in example.responses)
+    found = {"prompt": tuple(len(example.prompt_ids) for example in examples)}
+    for role in roles:
+        found[role] = tuple(
+            len(response.token_ids) for example in examples for response in example.responses if response.role == role
+        )
+    return {**found, "whole": tuple(map(_longest, examples))}
 
 
 def _longest(example: EncodedExample) -> int:

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from dppo.data import ids
 from dppo.data.draws import pick, pick_some, share, stream
 from dppo.errors import UserError
-from dppo.rewards.verifiable import Verifiable
+from dppo.rewards import Reward
 from dppo.types import Json, Message, PreferenceExample, Prompt, Response, Split
 
 VERSION = 1
 
+_MOST_DRAWS = 1000  # of two answers to one prompt, until their scores differ
 LARGEST_SIZE = 1_000_000  # far fewer than the prompts there are, so drawing different ones comes to an end soon
 
 # Nouns in pairs that belong together: a writer who drifts writes the partner of the noun that was asked for.
@@ -130,7 +131,7 @@ class Instructions:
     compliance: float
     habit_spread: float
     pair_compliance: float
-    labels: Verifiable
+    labels: Reward
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -175,11 +176,17 @@ class Instructions:
         rng = stream("instructions pairs", VERSION, self.seed, split)
         rows = []
         for request, prompt in self._requests("pairs", split):
-            while True:
+            for _ in range(_MOST_DRAWS):
                 texts = [self._answer(rng, request, self.pair_compliance) for _ in range(2)]
-                scores = [self.labels.score_one(prompt.checks, text) for text in texts]
+                scores = self.labels.score([prompt, prompt], texts)
                 if scores[0] != scores[1]:
                     break
+            else:
+                name = type(self.labels).__name__
+                raise UserError(
+                    f"dataset.labels={name}: scores {_MOST_DRAWS:,} pairs of answers to one prompt "
+                    "alike; choose a reward that tells them apart"
+                )
             better = int(scores[1] > scores[0])
             responses = (
                 Response("chosen", texts[better], scores[better]),

@@ -324,9 +324,10 @@ def preset(words: Sequence[str]) -> str | None:
     return next((word.partition("=")[2] for word in words if key_of(word) == "sweep"), None)
 
 
-def again(entry: Entry) -> str:
-    """The command line that makes the runs of an entry anew."""
-    words, seeds = entry.run.words, [str(seed) for seed in sorted(entry.configuration.runs)]
+def again(entry: Entry, *changed: str) -> str:
+    """The command line that makes the runs of an entry anew, with other words for the keys of ``changed``."""
+    words = [*words_without(entry.run.words, *map(key_of, changed)), *changed]
+    seeds = [str(seed) for seed in sorted(entry.configuration.runs)]
     if len(seeds) == 1:
         return command_line(words)
     if preset(words):  # with -m it would search

@@ -342,14 +342,14 @@ def _scale(axes: Axes, points: Sequence[_Point]) -> None:
     least = min((one.kl.value for one in points if one.kl.value > 0), default=right)
     if right / least > _WIDE_RANGE:
         axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0.0)), np.square))
-        axes.set_xticks(_ticks(right))
+        axes.set_xticks(square_root_ticks(right))
         axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
         axes.set_xlim(0, 1.08 * right)
     else:
         axes.set_xlim(-0.04 * right, 1.06 * right)
 
 
-def _ticks(right: float) -> list[float]:
+def square_root_ticks(right: float) -> list[float]:
     """0, and numbers such as 1, 2 and 5 that are far enough from each other where square roots are drawn."""
     ten = math.floor(math.log10(right))
     found: list[float] = []

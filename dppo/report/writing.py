@@ -17,7 +17,18 @@ from dppo.artifacts.files import disk_errors
 from dppo.dotted import leaves
 from dppo.evaluation.comparison import METRICS, shown_p
 from dppo.progress import Progress
-from dppo.report import cost, drift, edits, efficiency, frontier, hyperparameters, paradigms, ranking, rewards
+from dppo.report import (
+    cost,
+    drift,
+    edits,
+    efficiency,
+    frontier,
+    hyperparameters,
+    overoptimisation,
+    paradigms,
+    ranking,
+    rewards,
+)
 from dppo.report.answers import choose
 from dppo.report.drawing import NARROW, RC, WIDE
 from dppo.report.evidence import NAMES, Entry, Evidence, Group, again, shown
@@ -87,6 +98,7 @@ def _panels(evidence: Evidence) -> list[Panel]:
         ranking.panel(first),
         drift.panel(first),
         frontier.panel(first),
+        overoptimisation.panel(first),
         edits.panel(first),
         cost.panel(evidence),
     ]

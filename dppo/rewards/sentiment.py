@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dppo.errors import UserError
 from dppo.types import Json, Prompt
@@ -33,10 +35,16 @@ class Sentiment:
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """One score per answer."""
         _require_package()
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-        analyzer = SentimentIntensityAnalyzer()
+        analyzer = _analyzer()
         return [float(analyzer.polarity_scores(answer)["compound"]) for answer in answers]
+
+
+@functools.cache
+def _analyzer() -> Any:
+    """Reads its word list once."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
 
 
 def _require_package() -> None:

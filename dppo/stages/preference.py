@@ -40,9 +40,12 @@ class Trained:
 
 
 def preference_slot(
-    bench: Workbench, phase: Phase, start: str, parents: Sequence[str], *, data: Json, seed: int
+    bench: Workbench, phase: Phase, start: str, parents: Sequence[str], *, data: Json, seed: int, curve: Json = None
 ) -> Slot:
-    """The place of a phase's policy; ``start`` is the fingerprint of the model that it trains from."""
+    """The place of a phase's policy; ``start`` is the fingerprint of the model that it trains from.
+
+    ``curve`` says how reward and KL are measured along training, where that is to lie with the policy.
+    """
     train = phase.train
     return bench.cache.artifact(
         "preference",
@@ -54,6 +57,7 @@ def preference_slot(
             "data": data,
             "numerics": bench.numerics(train.precision, train.packing),
             **_cut(bench, phase),
+            **({} if curve is None else {"curve": curve}),
         },
         parents=[start, *parents],
     )
@@ -72,6 +76,7 @@ def preference(
     reference: ReferenceLogps | None,
     parents: Sequence[str],
     encoder: ChatEncoder,
+    curve: Json = None,
     interim: Interim | None = None,
     on_row: Callable[[Metrics], None] = lambda row: None,
 ) -> Trained:
@@ -83,7 +88,7 @@ def preference(
     A run that is found in the cache tells its interim values again, and is pruned as it would be while it runs.
     """
     train = phase.train
-    slot = preference_slot(bench, phase, start.fingerprint, parents, data=data, seed=seed)
+    slot = preference_slot(bench, phase, start.fingerprint, parents, data=data, seed=seed, curve=curve)
 
     def build(started: Build) -> None:
         policy = continued_policy(bench, start, train.lora, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dppo import startup
 from dppo.artifacts import Build
+from dppo.artifacts.manifest import NAME as MANIFEST
 from dppo.config import LoraSettings, TrainSettings
 from dppo.errors import Pruned, UserError
 from dppo.logps import ResponseScorer
@@ -160,6 +162,22 @@ def save_policy(
     path = Path(base.path)
     root = _base_of(bench, path) if (path / _ADAPTER).exists() else path
     (directory / _BASE).write_text(json.dumps({"stage": root.parent.name, "fingerprint": root.name}))
+
+
+def write_model(bench: Workbench, artifact: Artifact, directory: Path) -> None:
+    """Write the model of an artifact into a folder of its own, as transformers reads it; adapters are merged.
+
+    The files are copies: whatever is done to them, the cache stays as it is.
+    """
+    from dppo.models import save, saved_tokenizer
+
+    path = Path(artifact.path)
+    if (path / _ADAPTER).exists():
+        save(_full_model(bench, path), saved_tokenizer(path), directory)
+        return
+    for file in sorted(path.iterdir()):
+        if file.is_file() and file.name not in (MANIFEST, METRICS):
+            shutil.copyfile(file, directory / file.name)
 
 
 def run_training(

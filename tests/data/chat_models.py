@@ -36,6 +36,14 @@ ZEPHYR = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+MISTRAL = (
+    "{% if messages[0]['role'] == 'system' %}{% set lead = messages[0]['content'] + '\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set lead = '' %}{% set turns = messages %}{% endif %}{{ bos_token }}"
+    "{% for message in turns %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + (lead if loop.first else '') + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
 NO_END = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -106,8 +114,21 @@ def zephyr(template: str | None = ZEPHYR) -> PreTrainedTokenizerFast:
     """As Zephyr on Mistral: words carry the space before them, one is put before the first word of a text and of what
     follows a control token, and only the tokenizer writes BOS.
     """
+    return _wrapped(_sentence_pieces(()), template, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def mistral() -> PreTrainedTokenizerFast:
+    """As Mistral's instruct models since v0.3: user turns between control tokens, and no header before an answer."""
+    tokenizer = _sentence_pieces(("[INST]", "[/INST]"))
+    return _wrapped(tokenizer, MISTRAL, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@functools.cache
+def _sentence_pieces(more: tuple[str, ...]) -> Tokenizer:
+    """Unigram with byte fallback, as SentencePiece makes; ``more`` are control tokens besides <s> and </s>."""
     words = sorted({word for text in TEXT for word in text.replace(",", " ").replace(".", " ").split()})
-    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -9.0)]
+    specials = ("<s>", "</s>", *more)
+    pieces = [("<unk>", 0.0), *((token, 0.0) for token in specials), ("▁", -9.0)]
     pieces += [(f"<0x{byte:02X}>", -100.0) for byte in range(256)]
     pieces += [(chr(code), -10.0) for code in range(0x21, 0x7F)]
     pieces += [(mark + word, -1.0) for word in words for mark in ("", "▁") if len(mark + word) > 1]
@@ -116,11 +137,11 @@ def zephyr(template: str | None = ZEPHYR) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoding.Sequence(
         [decoding.Replace("▁", " "), decoding.ByteFallback(), decoding.Fuse(), decoding.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>")])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    return _wrapped(tokenizer, template, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return tokenizer
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int]) -> list[str]:

@@ -20,6 +20,7 @@ from .chat_models import (
     chatml,
     gemma,
     llama3,
+    mistral,
     pieces_of,
     text_of,
     zephyr,
@@ -149,6 +150,76 @@ def test_spellings_of_control_tokens_stay_text(question: list[str], answer: list
 CHATML = (chatml(), ChatEncoder(chatml()))
 
 
+# Whole conversations, in every family: what users and models write holds the control tokens of all of them.
+EVERY = {**FAMILIES, "zephyr": zephyr, "mistral": mistral}
+ENCODERS = {family: (make(), ChatEncoder(make())) for family, make in EVERY.items()}
+SPELLINGS = [
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<bos>",
+    "<eos>", "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "[INST]", "[/INST]", "<|user|>", "<|end|>", "<|",
+    "assistant\n", "user",
+    "\n", "\n\n", " ", "hello", " world", "é", "\u4f60\u597d", "\U0001f600", "\u200b", "\ue000", "<",
+]  # fmt: skip
+TURN = st.lists(st.sampled_from(SPELLINGS), max_size=8).map("".join)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerFast, token_ids: tuple[int, ...]) -> list[str]:
+    return pieces_of(tokenizer, [token_id for token_id in token_ids if token_id in tokenizer.added_tokens_decoder])
+
+
+def letters(text: str) -> str:
+    """Without spaces: some families put one behind a control token or before a first word."""
+    return text.replace(" ", "")
+
+
+@pytest.mark.parametrize("family", EVERY)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(TURN, TURN), min_size=1, max_size=3), st.none() | TURN)
+def test_a_chat_always_splits_into_prompt_and_response_exactly(
+    family: str, exchanges: list[tuple[str, str]], system: str | None
+) -> None:
+    """Prompt + response are the whole chat rendered once, cut behind its last end-of-turn token, with one BOS at most.
+
+    The control tokens are those of the same conversation of plain words, whatever the turns spell.
+    """
+    tokenizer, encoder = ENCODERS[family]
+    system = None if family == "gemma" else system
+    turns = [] if system is None else [Message("system", system)]
+    plain = [Message(turn.role, "hello") for turn in turns]
+    for question, reply in exchanges:
+        turns += [Message("user", question), Message("assistant", reply)]
+        plain += [Message("user", "hello"), Message("assistant", "world")]
+    answer = turns.pop().content
+    prompt, response = encoder.prompt_ids(turns), encoder.response_ids(turns, answer)
+    end = text_of(tokenizer, response[-1:])
+    whole = rendered(tokenizer, *turns, Message("assistant", answer))
+    begin = rendered(tokenizer, *turns, for_generation=True)
+    bos = str(tokenizer.bos_token)
+    first = bos if family == "zephyr" else ""  # which its template leaves to the tokenizer
+    assert letters(text_of(tokenizer, prompt)) == letters(first + begin)
+    assert letters(text_of(tokenizer, prompt + response)) == letters(first + whole[: whole.rindex(end) + len(end)])
+    assert response[-1] in encoder.end_of_turn_ids
+    assert encoder.end_of_turn_ids.isdisjoint(response[:-1])
+    assert control_tokens(tokenizer, response) == [end]
+    assert control_tokens(tokenizer, prompt) == control_tokens(tokenizer, encoder.prompt_ids(plain[:-1]))
+    if family != "chatml":  # whose BOS begins every turn, as SmolLM2's
+        assert prompt.count(tokenizer.bos_token_id) == (family != "tiny")
+        assert tokenizer.bos_token_id not in prompt[1:]
+    n_headers = {"chatml": "<|im_start|>", "llama3": "<|start_header_id|>", "gemma": "<start_of_turn>"}
+    if family in n_headers:  # one for each turn and for the answer, and a default system turn in ChatML
+        shown = control_tokens(tokenizer, prompt).count(n_headers[family])
+        assert shown == len(turns) + 1 + (family == "chatml" and system is None)
+    if family == "mistral":
+        assert control_tokens(tokenizer, prompt).count("[INST]") == len(exchanges)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_control_ids_are_what_the_template_alone_writes(family: str) -> None:
+    tokenizer, encoder = ENCODERS[family]
+    assert encoder.control_ids == set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+    ordinary = tokenizer("hello world", add_special_tokens=False)["input_ids"]
+    assert encoder.control_ids.isdisjoint(ordinary)
+
+
 def test_a_control_token_within_words_gets_no_space_of_a_words_start() -> None:
     tokenizer = zephyr()
     response = ChatEncoder(tokenizer).response_ids(USER, "hello</s>world")
@@ -230,6 +301,8 @@ def test_a_limit_cuts_responses_and_never_the_prompt() -> None:
     assert cut.responses[0].response_id != whole.responses[0].response_id
     assert cut.responses[1] == whole.responses[1]
     assert (encoded.n_truncated, encoded.n_dropped, encoded.max_length) == (1, 0, n_prompt + 4)
+    whole_lengths = {"prompt": (n_prompt,), "chosen": (9,), "rejected": (3,), "whole": (n_prompt + 9,)}
+    assert encoded.lengths == whole_lengths  # before the cut
     assert "1 of 2 responses cut at the limit" in encoded.notes
 
 
@@ -248,7 +321,8 @@ def test_one_response_token_is_kept_or_the_example_is_dropped() -> None:
     assert encoder.encode([long], n_long + 1).examples[0].responses[0].token_ids != ()
     encoded = encoder.encode([short, long], n_long)
     assert [one.example_id for one in encoded.examples] == [short.example_id]
-    assert encoded.n_dropped == 1
+    assert encoded.dropped == {f"prompt leaves no room for an answer in {n_long} tokens": 1}
+    assert encoded.lengths["prompt"] == (n_short, n_long)
     assert f"prompt leaves no room for an answer in {n_long} tokens: 1" in encoded.notes[-1]
     with pytest.raises(UserError, match=rf"max_length={n_short}: none of 2 .*shortest prompt has {n_short} tokens"):
         encoder.encode([short, long], n_short)
