@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from dppo.data.sources import Published
+from dppo.data.tables import read_rows
 from dppo.errors import UserError
 from dppo.hub import local_folder, pinned_commit, snapshot
 from dppo.models import PretrainedModel, TinyLlama, save
@@ -212,3 +214,30 @@ def test_a_folder_wins_over_a_repository_of_its_name(tmp_path: Path, monkeypatch
     for name in ("./gone", "/gone/away", "~/gone/away", "a/b/c", "with space"):
         with pytest.raises(UserError, match="there is no such folder"):
             local_folder(name, "key")
+
+
+def test_a_repository_in_another_layout_is_kept_as_parquet_by_its_commit(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: test, path: rows/*}\n---\n"
+    body = gzip.compress(b'{"messages": [{"role": "user", "content": "odd"}]}\n')
+    hub.files["datasets/we/odd"] = {FIRST: {"README.md": readme, "rows/part-1.jsonl.gz": body}}
+    odd = source("we/odd", cache_dir=str(tmp_path / "cache"))
+    (made,) = odd.files("test")
+    assert (first_words(made), made.is_relative_to(tmp_path / "cache")) == ("odd", True)
+    hub.downloaded.clear()
+    assert odd.files("test") == [made]
+    assert hub.downloaded == []
+    go_offline(monkeypatch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "gone"))
+    assert replace(odd, revision=FIRST).files("test") == [made]
+
+
+def test_packed_json_lines_of_a_configuration_are_read_where_they_are(hub: Hub, tmp_path: Path) -> None:
+    packed = gzip.compress(b'{"chosen": "a", "rejected": "b"}\n')
+    files = {f"{name}/train.jsonl.gz": packed for name in ("helpful-base", "harmless-base")}
+    hub.files["datasets/we/hh"] = {FIRST: files}
+    (train,) = source("we/hh", config="helpful-base", cache_dir=str(tmp_path / "cache")).files("train")
+    assert list(read_rows([train], ["chosen"])) == [{"chosen": "a"}]
+    assert hub.downloaded == ["1:helpful-base/train.jsonl.gz"]
+    assert not (tmp_path / "cache").exists()

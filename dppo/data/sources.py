@@ -19,10 +19,11 @@ from dppo.hub import local_folder, pinned_commit, snapshot
 from dppo.types import Json, Split
 
 if TYPE_CHECKING:
-    from dppo.artifacts.slots import Build
+    from dppo.artifacts import Build, Slot
 
 VERSION = 1  # of what is materialised
 README = "README.md"
+ROWS = "rows.parquet"
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -104,24 +105,25 @@ class Published:
         name = self._name(split)
         assert name is not None
         folder = local_folder(self.path, self.key)
-        content: Json
         if folder is not None:
             if found := self._in(folder, name):
                 return found
             if not _declares_configs(folder):
                 raise self._missing(folder, name)
-            content = [[str(file.relative_to(folder)), content_digest([file])] for file in _tree(folder)]
-        else:
-            commit = self._commit()
-            patterns = [f"{below}{pattern}" for below in self._below for pattern in _patterns(name)]
-            folder = snapshot(self.path, "dataset", commit, [README, *patterns], self.key)
-            if found := self._in(folder, name):
-                return found
-            if not _declares_configs(folder):
-                raise self._missing(folder, name)
-            content = {"repository": self.path, "commit": commit}
-            folder = snapshot(self.path, "dataset", commit, ["*"], self.key)
-        return [self._materialised(folder, name, content)]
+            tree = [[str(file.relative_to(folder)), content_digest([file])] for file in _tree(folder)]
+            return [self._materialised(self._slot(name, tree), folder, name)]
+        commit = self._commit()
+        slot = self._slot(name, {"repository": self.path, "commit": commit})
+        if slot.complete():
+            return [slot.path / ROWS]
+        patterns = [f"{below}{pattern}" for below in self._below for pattern in _patterns(name)]
+        folder = snapshot(self.path, "dataset", commit, [README, *patterns], self.key)
+        if found := self._in(folder, name):
+            return found
+        if not _declares_configs(folder):
+            raise self._missing(folder, name)
+        folder = snapshot(self.path, "dataset", commit, ["*"], self.key)
+        return [self._materialised(slot, folder, name)]
 
     def where(self, split: Split) -> str:
         return self.path if self._file() is not None else f"{self.path} {self._name(split)}"
@@ -178,13 +180,20 @@ class Published:
             f"found {', '.join(there[:8]) or 'no such file'}{', ...' if len(there) > 8 else ''}"
         )
 
-    def _materialised(self, folder: Path, name: str, content: Json) -> Path:
-        """A split as one parquet file, made once by ``datasets`` from this content.
+    def _slot(self, name: str, content: Json) -> Slot:
+        """Where a split is in the cache that only ``datasets`` can read."""
+        from dppo.artifacts import Cache
+
+        return Cache(Path(self.cache_dir)).artifact(
+            "data", {"version": VERSION, "content": content, "config": self.config, "split": name}
+        )
+
+    def _materialised(self, slot: Slot, folder: Path, name: str) -> Path:
+        """A split as one parquet file, made once by ``datasets`` from a folder.
 
         ``datasets`` keeps what it has read under the folder's name, whatever is in it: here it gets a cache directory
         of its own, which is gone afterwards.
         """
-        from dppo.artifacts import Cache
 
         def build(started: Build) -> None:
             from datasets import disable_progress_bars, load_dataset
@@ -193,15 +202,12 @@ class Published:
             try:
                 with tempfile.TemporaryDirectory(dir=started.work) as own:
                     rows = load_dataset(str(folder), self.config, split=name, cache_dir=own, token=False)
-                    rows.to_parquet(str(started.directory / "rows.parquet"))
+                    rows.to_parquet(str(started.directory / ROWS))
             except Exception as error:  # of many kinds, from a wrong README to a damaged file
                 said = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise UserError(f"{self.key}={self.path}: its split {name} cannot be read ({said})") from error
 
-        slot = Cache(Path(self.cache_dir)).artifact(
-            "data", {"version": VERSION, "content": content, "config": self.config, "split": name}
-        )
-        return Path(slot.get_or_build(build).path) / "rows.parquet"
+        return Path(slot.get_or_build(build).path) / ROWS
 
 
 def _patterns(name: str, ending: str = ".*") -> list[str]:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from dppo.errors import UserError
-from tests.runs import run_small
+from dppo.evaluation.comparison import configurations
+from dppo.evaluation.runs import find_runs
+from tests.runs import run_small, write_run
 
 from .test_schemas import put, turn
 from .test_sources import pair_row, preferences
@@ -44,3 +46,12 @@ def test_preferences_with_chats_of_their_own_share_one_sft_model(tmp_path: Path)
     second = run_small(tmp_path, *words, f"dataset.path={preferences(tmp_path / 'two', other, test)}")
     assert "preference" in second.built
     assert "sft" not in second.built
+
+
+def test_runs_with_caches_in_two_places_are_one_configuration(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        data = {"path": "we/pairs", "cache_dir": f"cache-{seed}"}
+        settings = {"dataset": data, "cache": {"dir": f"cache-{seed}"}}
+        write_run(tmp_path / str(seed), "loss=dpo", seed=seed, rewards=[1.0, -1.0], settings=settings)
+    (found,) = configurations(find_runs([tmp_path]))
+    assert sorted(found.runs) == [0, 1]

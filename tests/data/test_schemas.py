@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gzip
 import json
 import logging
@@ -46,6 +48,7 @@ def put(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
+@functools.cache
 def dataset(*words: str) -> Dataset:
     typed = list(words)
     return load(compose(typed), typed).dataset
@@ -173,7 +176,9 @@ def published(option: str, folder: Path, n: int = 60) -> Dataset:
     for name, make in files.items():
         put(folder / name, [make(number) for number in range(n)])
     shares = ["dataset.validation_share=0.2", "dataset.test_share=0.3"]
-    return dataset(f"dataset={option}", f"dataset.path={folder}", *words, *shares)
+    made: Any = dataset(f"dataset={option}", *words, *shares)
+    found: Dataset = dataclasses.replace(made, path=str(folder))
+    return found
 
 
 @pytest.mark.parametrize("option", LAYOUTS)
@@ -535,7 +540,8 @@ def test_a_hostile_file_is_counted_or_one_line(tmp_path: Path, caplog: pytest.Lo
     ]
     whole = put(tmp_path / "pairs.jsonl.gz", rows)
     with caplog.at_level(logging.INFO, "dppo.data"):
-        data = dataset("dataset=pairs_file", f"dataset.path={whole}")
+        made: Any = dataset("dataset=pairs_file", f"dataset.path={whole}")
+        data: Dataset = made
         assert sum(len(data.pairs(split)) for split in SPLITS) == 62  # and the two odd ones that are text
     assert isinstance(data, CountedDataset)
     (reading,) = data.readings("preferences")
@@ -547,7 +553,7 @@ def test_a_hostile_file_is_counted_or_one_line(tmp_path: Path, caplog: pytest.Lo
 
     def refused(words: str, path: Path) -> None:
         with pytest.raises(UserError, match=words) as caught:
-            dataset("dataset=pairs_file", f"dataset.path={path}").pairs("train")
+            dataclasses.replace(made, path=str(path)).pairs("train")
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
