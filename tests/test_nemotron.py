@@ -120,16 +120,35 @@ def test_quantised_weights_need_a_package(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 @pytest.mark.parametrize("quantisation", ["int8", "nf4"])
-def test_quantised_weights_score_nearly_the_same(
+def test_quantised_weights_score_as_what_they_stand_for(
     quantisation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
     for key in ("hidden_size", "intermediate_size"):
         monkeypatch.setitem(SIZES, key, 64)  # NF4 packs rows by 32 on a CPU
-    for make, where in ((reward, folder(tmp_path / "m")), (classifier, classifier_folder(tmp_path / "c", "llama"))):
-        full = make(where).score(PROMPTS, ANSWERS)  # type: ignore[operator]
-        few = make(where, quantisation=quantisation).score(PROMPTS, ANSWERS)  # type: ignore[operator]
-        assert few != full
-        assert few == pytest.approx(full, abs=0.5 if quantisation == "int8" else 2)
+    for make, load, where in (
+        (reward, _load, folder(tmp_path / "m")),
+        (classifier, _load_classifier, classifier_folder(tmp_path / "c", "llama")),
+    ):
+        few: Any = make(where, quantisation=quantisation)
+        model: Any = load(few)[0]
+        layers = {name: part for name, part in model.named_modules() if "bitsandbytes" in type(part).__module__}
+        assert len(layers) == 14, "seven of each of two layers, not the head"
+        weights = {}
+        if quantisation == "nf4":
+            weights = {name: dequantize_4bit(part.weight, part.weight.quant_state) for name, part in layers.items()}
+        found = few.score(PROMPTS, ANSWERS)
+        _load.cache_clear()
+        _load_classifier.cache_clear()
+        full: Any = make(where)
+        plain: Any = load(full)[0]
+        expected = full.score(PROMPTS, ANSWERS)
+        assert found != expected
+        with torch.no_grad():
+            for name, weight in weights.items():
+                plain.get_submodule(name).weight.copy_(weight.view_as(plain.get_submodule(name).weight))
+        assert full.score(PROMPTS, ANSWERS) == pytest.approx(found, abs=0.7 if quantisation == "int8" else 0.15)
 
 
 def test_a_run_is_scored_by_it(tmp_path: Path) -> None:
