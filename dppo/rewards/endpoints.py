@@ -205,8 +205,10 @@ class _Asking(Generic[Answer]):
         self.max_unreadable, self.otherwise = max_unreadable, otherwise
         self.left = deque(range(len(requests)))
         self.failures: list[Trouble] = []  # of requests that failed for good
-        self.found: queue.SimpleQueue[tuple[int, Answer] | Exception | None] = queue.SimpleQueue()
+        # Short, so that answers are kept about as fast as they are asked for: what waits here a kill would lose.
+        self.found: queue.Queue[tuple[int, Answer] | Exception | None] = queue.Queue(maxsize=1)
         self.stop = threading.Event()
+        self.gone = threading.Event()  # nobody reads any more
         self.not_before = 0.0  # the server asked for quiet until then, on the monotonic clock
 
     def answers(self) -> Iterator[tuple[int, Answer]]:
@@ -226,6 +228,7 @@ class _Asking(Generic[Answer]):
                     yield found
         finally:
             self.stop.set()
+            self.gone.set()
         if self.failures:
             first = next((one for one in self.failures if one.fatal), self.failures[0])
             share = "" if first.fatal else f"{len(self.failures)} of {len(self.requests)} requests failed, the first: "
@@ -241,11 +244,18 @@ class _Asking(Generic[Answer]):
                     break
                 self._one(place)
         finally:
-            self.found.put(None)
+            self._give(None)
+
+    def _give(self, found: tuple[int, Answer] | Exception | None) -> None:
+        while not self.gone.is_set():
+            try:
+                return self.found.put(found, timeout=0.2)
+            except queue.Full:
+                continue
 
     def _one(self, place: int) -> None:
         try:
-            self.found.put((place, self._answer(self.requests[place])))
+            self._give((place, self._answer(self.requests[place])))
         except Trouble as trouble:
             if trouble.again and self.stop.is_set():
                 return  # given up for others' failures
@@ -253,7 +263,7 @@ class _Asking(Generic[Answer]):
             if trouble.fatal or len(self.failures) > self.server.max_failures:
                 self.stop.set()
         except Exception as error:  # shown where the answers are awaited, not lost with the thread
-            self.found.put(error)
+            self._give(error)
 
     def _answer(self, request: Any) -> Answer:
         failed = unreadable = 0
