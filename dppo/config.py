@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dppo.data import Dataset
     from dppo.generation import Greedy
     from dppo.models import Model
-    from dppo.rewards import Reward
+    from dppo.rewards import PairwiseReward, Reward
     from dppo.tracking import Tracking
     from dppo.types import Json, Objective
 
@@ -226,7 +226,7 @@ class Experiment:
     sft: SftSettings
     generation: Greedy
     phases: Mapping[str, Phase]
-    reward: Reward
+    reward: Reward | PairwiseReward
     evaluation: EvaluationSettings
     tracking: Tracking
     seed: int
@@ -546,6 +546,7 @@ class _Door:
                 return self.build(option, value, path)
             except UserError as error:
                 errors.append(str(error))
+        errors = list(dict.fromkeys(errors))
         raise UserError("; or ".join([errors[0], *(error.partition(": ")[2] for error in errors[1:])]))
 
     def _tuple(self, annotation: Any, value: Any, path: str) -> Any:
@@ -649,7 +650,7 @@ def _forward_names(cls: type) -> dict[str, Any]:
     from dppo.data import Dataset
     from dppo.generation import Greedy
     from dppo.models import Model
-    from dppo.rewards import Reward
+    from dppo.rewards import PairwiseReward, Reward
     from dppo.tracking import Tracking
     from dppo.types import Objective
 
@@ -658,6 +659,7 @@ def _forward_names(cls: type) -> dict[str, Any]:
         "Greedy": Greedy,
         "Model": Model,
         "Objective": Objective,
+        "PairwiseReward": PairwiseReward,
         "Reward": Reward,
         "Tracking": Tracking,
     }

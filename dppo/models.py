@@ -13,11 +13,11 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 from dppo.config import require
 from dppo.digests import content_digest
@@ -334,8 +334,39 @@ def load_classifier(folder: Path, name: str) -> tuple[PreTrainedModel, PreTraine
     return _load_model(folder, name, AutoModelForSequenceClassification), _load_tokenizer(folder, name)
 
 
-def _load_model(folder: Path, name: str, kind: Any = None) -> PreTrainedModel:
-    """``kind`` is an auto class of transformers, by default that of causal LMs."""
+def load_scorer(
+    folder: Path,
+    name: str,
+    *,
+    classifier: bool,
+    precision: Literal["fp32", "bf16"],
+    quantisation: Literal["int8", "nf4"] | None,
+    device: str,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that only scores, read straight into its precision, and its tokenizer; raises UserError, naming ``name``.
+
+    A sequence classifier or a causal LM. ``device`` auto spreads it over all GPUs, and what they cannot hold over the
+    memory of the machine. Quantised weights (8-bit integers or 4-bit NF4) compute in ``precision``.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    options: dict[str, Any] = {"dtype": dtype, "device_map": "auto" if device == "auto" else {"": device}}
+    if quantisation is not None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(f"reward.quantisation={quantisation}: needs a package: pip install bitsandbytes")
+        options["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if quantisation == "int8"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        )
+    model = _load_model(folder, name, AutoModelForSequenceClassification if classifier else None, options)
+    return model.eval(), _load_tokenizer(folder, name)
+
+
+def _load_model(folder: Path, name: str, kind: Any = None, options: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """``kind`` is an auto class of transformers, by default that of causal LMs; ``options`` are of its loading."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -344,7 +375,11 @@ def _load_model(folder: Path, name: str, kind: Any = None) -> PreTrainedModel:
         raise UserError(f"{name}: has no config.json, so it is no model folder (found {found})")
     with _one_line_errors(name), _no_progress_bars():
         loaded: Any = (kind or AutoModelForCausalLM).from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            **{"dtype": torch.float32, **(options or {})},
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     model, report = loaded
     missing = sorted(report["missing_keys"])

@@ -42,7 +42,7 @@ from dppo.stages.interim import interim_win_rate
 from dppo.stages.preference import Trained, preference
 from dppo.stages.reference import reference_logps
 from dppo.stages.reward_model import ready_reward, reward_accuracy
-from dppo.stages.scores import scores
+from dppo.stages.scores import interim_rewards, judging, scores
 from dppo.stages.sft import sft
 from dppo.stages.training import METRICS, read_metrics
 from dppo.stages.workbench import Workbench
@@ -272,6 +272,7 @@ def _stages(
     own_store, own = generate(bench, "answers", policy, prompts, settings, encoder)
     other_store, other = generate(bench, "baseline", reference, prompts, settings, encoder)
     scored, (own_rewards, other_rewards) = scores(bench, experiment.reward, prompts, [own, other])
+    judged = judging(bench, experiment.reward, prompts, [own, other])
     train, kl_prompts, pairs = drift_data(experiment, prompts, encoder)
     _, moved, pair_rows = drift(
         bench,
@@ -291,7 +292,7 @@ def _stages(
     )
     if ranked is not None:
         moved["reward_model"] = ranked
-    moved["training"] = trained_on
+    moved |= {**judged, "training": trained_on}
     moved["after_edit"] = after_edit(pair_rows, n_bootstrap=evaluation.n_bootstrap, seed=evaluation.bootstrap_seed)
     samples = results.samples(prompts, own, other, own_rewards, other_rewards)
     if bench.is_main:
@@ -371,14 +372,12 @@ def _interim(
     measured: list[Json] = [example.example_id for example in held_out]
     if prompts:
         answered, answers = generate(bench, "baseline", base, prompts, experiment.generation, encoder)
-        scored, (baseline,) = scores(bench, experiment.reward, prompts, [answers])
+        scored, rewards = interim_rewards(bench, experiment.reward, prompts, answers)
         if settings.metric == "win_rate":
-            measured = [answered.fingerprint, scored.fingerprint, *(prompt.prompt_id for prompt in prompts)]
+            measured = [answered.fingerprint, scored, *(prompt.prompt_id for prompt in prompts)]
         train = list(experiment.phases.values())[-1].train
         kl = settings.measures_kl
-        measure = interim_win_rate(
-            bench, base, prompts, baseline, experiment.generation, experiment.reward, encoder, train, kl=kl
-        )
+        measure = interim_win_rate(bench, base, prompts, rewards, experiment.generation, encoder, train, kl=kl)
 
     def within_limits(row: Metrics) -> str | None:
         kl = row.get("interim/kl_nats_per_token")

@@ -26,6 +26,7 @@ from dppo.data.encoding import ChatEncoder
 from dppo.errors import UserError
 from dppo.loop import checkpoint_step, n_steps
 from dppo.models import Model, n_parameters
+from dppo.rewards import Reward
 from dppo.rewards.bradley_terry import BradleyTerry, TrainedReward
 from dppo.stages.compare import compare_slot
 from dppo.stages.drift import drift_slot, n_responses
@@ -40,7 +41,7 @@ from dppo.stages.reward_model import (
     reward_model_examples,
     reward_model_slot,
 )
-from dppo.stages.scores import score_key, scores_store
+from dppo.stages.scores import pair_key, score_key, scores_store
 from dppo.stages.sft import sft_examples, sft_slot
 from dppo.stages.training import CONTINUED
 from dppo.stages.workbench import WORK, Workbench
@@ -351,15 +352,39 @@ def _add_phase(planner: _Planner, phase: Phase, training: Sequence[PreferenceExa
 def _add_rewards(planner: _Planner, stores: Mapping[str, Store[Json]], prompts: Sequence[Prompt]) -> Store[Json]:
     """Answers of models to ``prompts``, their stores by title, and the rewards of all; returns the rewards' store."""
     keys, texts = [prompt.prompt_id for prompt in prompts], []
+    known = []
     for title, store in stores.items():
         planner.store(title, store, keys, "answer")
-        there = _there(store, keys)
-        for prompt in prompts:
-            answer = there.get(prompt.prompt_id)
-            texts.append(_unknown(store, prompt.prompt_id) if answer is None else score_key(prompt, answer.text))
-    scored = scores_store(planner.bench, planner.experiment.reward)
-    planner.store("scores", scored, texts, "response")
+        known.append((store, _there(store, keys)))
+    reward = planner.experiment.reward
+    scored = scores_store(planner.bench, reward)
+    if isinstance(reward, Reward):
+        for store, there in known:
+            for prompt in prompts:
+                answer = there.get(prompt.prompt_id)
+                texts.append(_unknown(store, prompt.prompt_id) if answer is None else score_key(prompt, answer.text))
+        planner.store("scores", scored, texts, "response")
+    elif len(known) == 2:  # a pairwise reward has nothing to say about one model alone
+        planner.store("scores", scored, _pair_keys(known[0], known[1], prompts), "pair")
     return scored
+
+
+def _pair_keys(
+    own: tuple[Store[Json], dict[str, Generation]],
+    other: tuple[Store[Json], dict[str, Generation]],
+    prompts: Sequence[Prompt],
+) -> list[str]:
+    """The keys of the pairs that are to be compared; equal answers, such as those of one model, are not."""
+    if own[0].fingerprint == other[0].fingerprint:
+        return []
+    keys = []
+    for prompt in prompts:
+        one, two = own[1].get(prompt.prompt_id), other[1].get(prompt.prompt_id)
+        if one is None or two is None:
+            keys.append(f"{_unknown(own[0], prompt.prompt_id)}:{other[0].fingerprint}")
+        elif (key := pair_key(prompt, one.text, two.text)) is not None:
+            keys.append(key)
+    return keys
 
 
 def _there(store: Store[Json], keys: Sequence[str]) -> dict[str, Generation]:

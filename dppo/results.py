@@ -125,7 +125,8 @@ def complete(
     strict_ci_low, strict_ci_high, n, wins, ties}; ``reward`` {policy, reference, delta, each {value, ci_low, ci_high},
     negative_share}; ``length`` {policy, reference, each {tokens, characters, end_of_turn_rate}}; ``kl``
     {nats_per_token, nats_per_answer, n_answers, n_tokens}; ``held_out`` likelihoods and accuracies on pairs of the
-    split; ``reward_model``, where the run trained one, {model, splits} (``stages.reward_model.reward_accuracy``);
+    split; ``judge``, where one compared the answers (``stages.scores.judging``);
+    ``reward_model``, where the run trained one, {model, splits} (``stages.reward_model.reward_accuracy``);
     ``training`` by phase {n_examples, steps}; ``after_edit`` mean token log-prob of chosen answers behind the
     first edit (``evaluation.edits``);
     ``timings`` {stages: [{stage, fingerprint, seconds, reused, rows (that a growing store got, else null)}],
@@ -328,7 +329,7 @@ def header(experiment: Experiment, directory: Path, overrides: Sequence[str]) ->
 
 def _brief(settings: object) -> str:
     name = type(settings).__name__
-    where = getattr(settings, "name_or_path", None) or getattr(settings, "path", None)
+    where = next((found for key in ("name_or_path", "path", "model") if (found := getattr(settings, key, None))), None)
     return f"{name}({where})" if where else name
 
 
@@ -373,6 +374,10 @@ def summary(result: Mapping[str, Any], directory: Path) -> list[str]:
             ("ended by itself", _both({who: length[who]["end_of_turn_rate"] for who in length}, "{:.1%}")),
             ("KL to SFT", f"{kl['nats_per_token']:.4f} nats a token, {kl['nats_per_answer']:.3f} an answer"),
         ]
+        if (judge := result.get("judge")) and judge["n_pairs"]:
+            agree, unread = judge["position_consistency"], f"{judge['unparsable_share']:.1%} of replies unparsable"
+            orders = f"orders agree on {agree:.1%} of {judge['n_pairs']} pairs, " if agree is not None else ""
+            rows.append(("judge", f"{orders}{unread}"))
         if (held_out := result["held_out"])["n_pairs"]:
             accuracies = f"{held_out['accuracy']:.3f} (to SFT {held_out['accuracy_to_reference']:.3f})"
             rows.append(("held-out accuracy", f"{accuracies}, n = {held_out['n_pairs']} pairs"))

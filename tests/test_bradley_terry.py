@@ -358,7 +358,7 @@ def test_the_saved_model_scores_the_same_as_a_classifier(warm: tuple[Path, list[
     assert {path.suffix for path in folder.iterdir()} <= {".json", ".jsonl", ".jinja", ".safetensors"}
     made = Artifact("reward_model", "0", str(folder), (), reused=True)
     trained = TrainedReward(found.reward, made, ChatEncoder(found.model.load_tokenizer()))
-    classifier = Classifier(str(folder), "main", 0, None, 100, "fp32", "cpu")
+    classifier = Classifier(str(folder), "main", 0, None, 100, "fp32", None, "cpu")
     assert isinstance(trained, Reward)
     prompts = found.dataset.prompts("test")
     answers = ["the boat", "a fox near the boat lamp", "", "the fox"] * len(prompts)

@@ -62,7 +62,9 @@ def folder(path: Path, kind: str, *, outputs: int = 1, padded: bool = True) -> P
 
 def reward(path: Path, **changed: Any) -> Classifier:
     settings: dict[str, Any] = {"revision": "main", "output": 0, "max_length": None, "tokens_per_batch": 10_000}
-    return Classifier(**{"name_or_path": str(path), "precision": "fp32", "device": "cpu", **settings, **changed})
+    return Classifier(
+        **{"name_or_path": str(path), "precision": "fp32", "quantisation": None, "device": "cpu", **settings, **changed}
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +111,7 @@ def test_identity_follows_what_decides_a_score(tmp_path: Path) -> None:
     path = folder(tmp_path / "m", "llama", outputs=2)
     base = reward(path).identity()
     assert reward(path, tokens_per_batch=5).identity() == base
-    for changed in ({"output": 1}, {"max_length": 5}, {"precision": "bf16"}):
+    for changed in ({"output": 1}, {"max_length": 5}, {"precision": "bf16"}, {"quantisation": "nf4"}):
         assert reward(path, **changed).identity() != base
     assert reward(folder(tmp_path / "n", "llama", outputs=3)).identity() != base
 

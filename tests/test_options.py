@@ -44,8 +44,8 @@ RUNS = [
     "loss=dpo sft.train.n_examples=8 sft.train.steps=null sft.train.epochs=2",
     "loss=dpo dataset=arithmetic",
     "loss=unll dataset=arithmetic loss.mask_shared_prefix=true",
-    # the reward model needs a folder: tests/test_classifier_reward.py
-    *(f"loss=dpo reward={name}" for name in options("reward") if name != "classifier"),
+    # models and servers: tests/test_classifier_reward.py, test_nemotron.py, test_endpoints.py, test_judge.py
+    *(f"loss=dpo reward={name}" for name in ("verifiable", "length", "sentiment")),
     *(f"loss=dpo tracking={name}" for name in options("tracking")),
 ]  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from dppo.types import Json, Prompt
@@ -37,3 +38,45 @@ class PairwiseReward(Protocol):
 
         The order in which the two are shown has no say: a judge that has a preference for a place is asked twice.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How far the first answer is better, 1 better, 0 worse, 1/2 a tie, in each order in which the two were shown.
+
+    None: what was said in this order could not be read; it counts as a tie.
+    """
+
+    orders: tuple[float | None, float | None]
+
+    @property
+    def value(self) -> float:
+        """The mean of both orders."""
+        first, second = (0.5 if one is None else one for one in self.orders)
+        return (first + second) / 2
+
+    def swapped(self) -> Verdict:
+        """The same, with the two answers exchanged."""
+        first, second = (None if one is None else 1 - one for one in self.orders)
+        return Verdict((first, second))
+
+
+@runtime_checkable
+class GradualReward(Reward, Protocol):
+    """A reward whose scores cost time or money one by one: each is kept as soon as it is there."""
+
+    def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Iterator[tuple[int, float]]:
+        """(place, score) for every answer, in any order."""
+
+
+@runtime_checkable
+class JudgingReward(PairwiseReward, Protocol):
+    """A pairwise reward that tells what it thinks in each order, one pair after the other."""
+
+    def verdicts(
+        self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]
+    ) -> Iterator[tuple[int, Verdict]]:
+        """(place, verdict) for every pair, in any order."""
+
+    def accept(self, verdicts: Sequence[Verdict]) -> None:
+        """Raise ``UserError`` if too many of them could not be read for a comparison to rest on."""

@@ -27,7 +27,9 @@ class Classifier:
     conversation is written by the model's chat template; models without one read prompt and answer as a pair of
     texts (the turns of a longer prompt one below the other). At most ``max_length`` tokens: longer conversations lose
     their beginning (but the first token), of a pair of texts the longer one loses its end; null is the model's own
-    limit. ``tokens_per_batch`` counts padded tokens. ``precision`` bf16 halves the memory of the weights.
+    limit. ``tokens_per_batch`` counts padded tokens. ``precision`` bf16 halves the memory of the weights;
+    ``quantisation`` makes them 8-bit integers or 4-bit NF4 (all but the output layer, with bitsandbytes), read without
+    ever being there in full and spread over all GPUs if ``device`` is auto.
     """
 
     name_or_path: str
@@ -36,6 +38,7 @@ class Classifier:
     max_length: int | None
     tokens_per_batch: int
     precision: Literal["fp32", "bf16"]
+    quantisation: Literal["int8", "nf4"] | None
     device: str
 
     def __post_init__(self) -> None:
@@ -56,6 +59,7 @@ class Classifier:
             "output": self.output,
             "max_length": self.max_length,
             "precision": self.precision,
+            **({} if self.quantisation is None else {"quantisation": self.quantisation}),
             **folder_identity(self.name_or_path, self.revision, KEY),
         }
 
@@ -66,30 +70,32 @@ class Classifier:
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """One logit per answer. Raises UserError if one is not finite."""
         model, tokenizer, device = self._loaded()
-        rows = self._tokens(tokenizer, prompts, answers)
+        rows = conversation_tokens(tokenizer, prompts, answers, self.max_length)
         found = output_of(model, rows, self.output, self.tokens_per_batch, device)
         if not all(map(math.isfinite, found)):
             raise UserError(f"{KEY}={self.name_or_path}: gave a score that is not finite; try reward.precision=fp32")
         return found
 
-    def _tokens(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answers: Sequence[str]
-    ) -> list[list[int]]:
-        limit = self.max_length or min(tokenizer.model_max_length, 1 << 20)
-        rows = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            if tokenizer.chat_template:
-                chat = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
-                text = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
-                row = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
-            else:
-                before = "\n".join(turn.content for turn in prompt.messages)
-                row = list(tokenizer(before, answer, truncation="longest_first", max_length=limit)["input_ids"])
-            rows.append(row if len(row) <= limit else row[:1] + row[len(row) - limit + 1 :])
-        return rows
-
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.device]:
         return _load(self)
+
+
+def conversation_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answers: Sequence[str], max_length: int | None
+) -> list[list[int]]:
+    """Each prompt with its answer as token ids, at most ``max_length`` (null: the model's own limit) of them."""
+    limit = max_length or min(tokenizer.model_max_length, 1 << 20)
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if tokenizer.chat_template:
+            chat = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
+            text = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
+            row = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+        else:
+            before = "\n".join(turn.content for turn in prompt.messages)
+            row = list(tokenizer(before, answer, truncation="longest_first", max_length=limit)["input_ids"])
+        rows.append(row if len(row) <= limit else row[:1] + row[len(row) - limit + 1 :])
+    return rows
 
 
 def output_of(
@@ -134,12 +140,23 @@ def placed(model: PreTrainedModel, precision: Literal["fp32", "bf16"], device: s
 
 @functools.lru_cache(maxsize=1)  # `check` and every call of `score` need the same one
 def _load(reward: Classifier) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.device]:
-    from dppo.models import load_classifier, model_folder
+    from dppo.models import load_classifier, load_scorer, model_folder
 
-    name = f"{KEY}={reward.name_or_path}"
-    model, tokenizer = load_classifier(model_folder(reward.name_or_path, reward.revision, KEY), name)
+    name, folder = f"{KEY}={reward.name_or_path}", model_folder(reward.name_or_path, reward.revision, KEY)
+    if reward.quantisation is None:
+        model, tokenizer = load_classifier(folder, name)
+    else:
+        model, tokenizer = load_scorer(
+            folder,
+            name,
+            classifier=True,
+            precision=reward.precision,
+            quantisation=reward.quantisation,
+            device=reward.device,
+        )
     n_outputs = int(model.config.num_labels or 0)
     if reward.output >= n_outputs:
         raise UserError(f"reward.output={reward.output}: {reward.name_or_path} has {n_outputs} (0 is the first)")
-    model = placed(model, reward.precision, reward.device)
+    if reward.quantisation is None:
+        model = placed(model, reward.precision, reward.device)
     return model, tokenizer, model.device

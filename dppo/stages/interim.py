@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,6 @@ from dppo.types import Artifact, Generation, Prompt
 if TYPE_CHECKING:
     from dppo.data.encoding import ChatEncoder
     from dppo.generation import Greedy
-    from dppo.rewards import Reward
     from dppo.stages.workbench import Workbench
 
 
@@ -29,15 +28,14 @@ def interim_win_rate(
     bench: Workbench,
     reference: Artifact,
     prompts: Sequence[Prompt],
-    baseline: Sequence[float],
+    rewards: Callable[[Mapping[str, Generation]], tuple[list[float], list[float]]],
     settings: Greedy,
-    reward: Reward,
     encoder: ChatEncoder,
     train: TrainSettings,
     *,
     kl: bool,
 ) -> Callable[[ResponseScorer], Metrics]:
-    """A measurement of a policy in training; ``baseline`` are the rewards of the reference's answers to ``prompts``.
+    """A measurement of a policy in training; ``rewards`` gives those of its answers to ``prompts`` and the reference's.
 
     It gives ``win_rate`` (ties 1/2), ``n_prompts``, mean ``reward`` and ``tokens`` of an answer. With ``kl`` also
     ``kl_nats_per_token`` and ``kl_nats_per_answer``: KL(policy || reference) on the policy's answers, for which the
@@ -51,7 +49,7 @@ def interim_win_rate(
         with policy.own_attention():
             for part in settings.generate(policy.model, queue, encoder.end_of_turn_ids, encoder.decode):
                 answers |= {answer.prompt_id: answer for answer in part}
-        own = reward.score(prompts, [answers[prompt.prompt_id].text for prompt in prompts])
+        own, baseline = rewards(answers)
         found: Metrics = {
             "win_rate": float(outcomes(own, baseline).mean()),
             "n_prompts": len(prompts),

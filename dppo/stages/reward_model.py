@@ -27,7 +27,7 @@ from dppo.types import Artifact, Json, PreferenceExample, Split
 if TYPE_CHECKING:
     from dppo.data.encoding import ChatEncoder, EncodedSet
     from dppo.models import Model
-    from dppo.rewards import Reward
+    from dppo.rewards import PairwiseReward, Reward
 
 VERSION = 1
 MEASURED_VERSION = 1
@@ -38,8 +38,13 @@ _CONTROLS: Mapping[str, Reward] = {"length": Length("characters"), "sentiment": 
 
 
 def ready_reward(
-    bench: Workbench, reward: Reward, model: Model, dataset: Dataset, reference: Artifact, encoder: ChatEncoder
-) -> Reward:
+    bench: Workbench,
+    reward: Reward | PairwiseReward,
+    model: Model,
+    dataset: Dataset,
+    reference: Artifact,
+    encoder: ChatEncoder,
+) -> Reward | PairwiseReward:
     """A reward that can score: one that is to be trained is trained, or taken from the cache; others are themselves.
 
     ``reference`` is the run's SFT model, ``model`` what that came from. Every process of the run enters.

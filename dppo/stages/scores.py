@@ -1,25 +1,31 @@
-"""Rewards of answers, once per prompt and text; shared by all models and runs."""
+"""Rewards of answers, and verdicts on pairs of them: once per prompt and text, shared by all models and runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from dppo.data.ids import content_hash
 from dppo.progress import Progress
-from dppo.stages.workbench import Keep, Workbench
+from dppo.rewards import GradualReward, JudgingReward, Reward, Verdict
+from dppo.stages.workbench import Keep, Workbench, shards
 from dppo.types import Artifact, Generation, Json, Prompt
 
 if TYPE_CHECKING:
     from dppo.artifacts import Store
-    from dppo.rewards import Reward
+    from dppo.rewards import PairwiseReward
 
 VERSION = 1
 _ANSWERS_PER_CALL = 256
+# Of rewards that come one by one: what a kill can cost, besides what is under way.
+_ANSWERS_PER_SHARD = 8
+
+Pair = tuple[Prompt, str, str]
+Answers = Mapping[str, Generation]
 
 
-def scores_store(bench: Workbench, reward: Reward) -> Store[Json]:
-    """Where the rewards of this kind lie, by ``score_key``."""
+def scores_store(bench: Workbench, reward: Reward | PairwiseReward) -> Store[Json]:
+    """Where the rewards of this kind lie, by ``score_key`` or ``pair_key``."""
     return bench.cache.json_store("scores", {"version": VERSION, "reward": reward.identity()})
 
 
@@ -28,11 +34,35 @@ def score_key(prompt: Prompt, text: str) -> str:
     return content_hash([prompt.prompt_id, [list(check) for check in prompt.checks], text])
 
 
+def pair_key(prompt: Prompt, one: str, other: str) -> str | None:
+    """The key of the verdict on two answers, in whichever order they are given; None for equal ones, always a tie."""
+    if one == other:
+        return None
+    return content_hash([prompt.prompt_id, [list(check) for check in prompt.checks], sorted((one, other))])
+
+
 def scores(
-    bench: Workbench, reward: Reward, prompts: Sequence[Prompt], models: Sequence[Mapping[str, Generation]]
+    bench: Workbench, reward: Reward | PairwiseReward, prompts: Sequence[Prompt], models: Sequence[Answers]
 ) -> tuple[Artifact, list[list[float]]]:
-    """For each model, the rewards of its answers to ``prompts``, in their order; equal texts are scored once."""
+    """For each model, the rewards of its answers to ``prompts``, in their order; equal texts are scored once.
+
+    A pairwise reward compares two models: the first one's rewards are the verdicts on its answers, in [0, 1], the
+    second one's what is left to 1.
+    """
     store = scores_store(bench, reward)
+    if not isinstance(reward, Reward):
+        pairs = _pairs(prompts, *models)
+        asked = {key: (prompt, *sorted((one, other))) for key, prompt, one, other in pairs if key is not None}
+
+        def compare(missing: list[str], keep: Keep[Json]) -> None:
+            _compare(reward, {key: cast("Pair", asked[key]) for key in missing}, keep)
+
+        detail = f"{type(reward).__name__}, {len(asked)} pairs"
+        size = _rows_per_shard(reward)
+        artifact = bench.fill("scores", store, list(asked), detail, "to compare", compare, rows_per_shard=size)
+        if isinstance(reward, JudgingReward):
+            reward.accept([_verdict(row) for row in store.get(list(asked))])
+        return artifact, _both(store, pairs)
     keys = [[score_key(prompt, answers[prompt.prompt_id].text) for prompt in prompts] for answers in models]
     texts = {
         key: (prompt, answers[prompt.prompt_id].text)
@@ -41,13 +71,150 @@ def scores(
     }
 
     def compute(missing: list[str], keep: Keep[Json]) -> None:
-        with Progress("scores", len(missing), "answer") as progress:
-            for at in range(0, len(missing), _ANSWERS_PER_CALL):
-                part = missing[at : at + _ANSWERS_PER_CALL]
-                found = reward.score([texts[key][0] for key in part], [texts[key][1] for key in part])
-                keep(dict(zip(part, found, strict=True)))
-                progress.advance(len(part))
+        _score(reward, {key: texts[key] for key in missing}, keep)
 
     detail = f"{type(reward).__name__}, {len(texts)} answers"
-    artifact = bench.fill("scores", store, list(texts), detail, "to score", compute, rows_per_shard=_ANSWERS_PER_CALL)
+    size = _rows_per_shard(reward)
+    artifact = bench.fill("scores", store, list(texts), detail, "to score", compute, rows_per_shard=size)
     return artifact, [[float(cast("float", score)) for score in store.get(own)] for own in keys]
+
+
+def judging(
+    bench: Workbench, reward: Reward | PairwiseReward, prompts: Sequence[Prompt], models: Sequence[Answers]
+) -> dict[str, Json]:
+    """How a judge came to what ``scores`` has given for the same models; empty for other rewards.
+
+    ``judge``: ``n_pairs`` that it was asked about and ``n_equal`` that needed no asking; ``position_consistency``, the
+    share of pairs on which both orders agree, among those of which both could be read; ``first_place_share`` of
+    verdicts for the answer shown first among those that are no tie; ``unparsable_share`` of all replies. None where
+    there is nothing to take a share of.
+    """
+    if not isinstance(reward, JudgingReward):
+        return {}
+    pairs = _pairs(prompts, *models)
+    keys = list(dict.fromkeys(key for key, *_ in pairs if key is not None))
+    orders = [_verdict(row).orders for row in scores_store(bench, reward).get(keys)]
+    read = [(first, second) for first, second in orders if first is not None and second is not None]
+    decided = [value for first, second in read for value in (first, 1 - second) if value != 0.5]
+    unread = sum(value is None for pair in orders for value in pair)
+    return {
+        "judge": {
+            "n_pairs": len(keys),
+            "n_equal": sum(key is None for key, *_ in pairs),
+            "position_consistency": _share(sum(first == second for first, second in read), len(read)),
+            "first_place_share": _share(sum(value == 1 for value in decided), len(decided)),
+            "unparsable_share": _share(unread, 2 * len(keys)),
+        }
+    }
+
+
+def interim_rewards(
+    bench: Workbench, reward: Reward | PairwiseReward, prompts: Sequence[Prompt], baseline: Answers
+) -> tuple[str, Callable[[Answers], tuple[list[float], list[float]]]]:
+    """(what the rewards are known by, a function from a model's answers to its rewards and the baseline's).
+
+    The function may be called by one process alone. Rewards that cost nothing are computed, others are looked up.
+    """
+    if isinstance(reward, Reward):
+        scored, (other,) = scores(bench, reward, prompts, [baseline])
+        if not isinstance(reward, GradualReward):
+
+            def compute(answers: Answers) -> tuple[list[float], list[float]]:
+                return reward.score(prompts, [answers[prompt.prompt_id].text for prompt in prompts]), other
+
+            return scored.fingerprint, compute
+
+        def look_up(answers: Answers) -> tuple[list[float], list[float]]:
+            store = scores_store(bench, reward)
+            texts = [(prompt, answers[prompt.prompt_id].text) for prompt in prompts]
+            keys = [score_key(prompt, text) for prompt, text in texts]
+            asked = dict(zip(keys, texts, strict=True))
+            with shards(store, _ANSWERS_PER_SHARD) as keep:
+                _score(reward, {key: asked[key] for key in store.missing(keys)}, keep)
+            return [float(cast("float", score)) for score in store.get(keys)], other
+
+        return scored.fingerprint, look_up
+
+    def judge(answers: Answers) -> tuple[list[float], list[float]]:
+        store = scores_store(bench, reward)
+        pairs = _pairs(prompts, answers, baseline)
+        asked = {key: (prompt, *sorted((one, other))) for key, prompt, one, other in pairs if key is not None}
+        with shards(store, _rows_per_shard(reward)) as keep:
+            _compare(reward, {key: cast("Pair", asked[key]) for key in store.missing(asked)}, keep)
+        own, other = _both(store, pairs)
+        return own, other
+
+    return scores_store(bench, reward).fingerprint, judge
+
+
+def _rows_per_shard(reward: Reward | PairwiseReward) -> int:
+    return _ANSWERS_PER_SHARD if isinstance(reward, (GradualReward, JudgingReward)) else _ANSWERS_PER_CALL
+
+
+def _score(reward: Reward, asked: Mapping[str, tuple[Prompt, str]], keep: Keep[Json]) -> None:
+    """Have answers scored, by key."""
+    keys = list(asked)
+    with Progress("scores", len(keys), "answer") as progress:
+        if isinstance(reward, GradualReward):
+            prompts, texts = [asked[key][0] for key in keys], [asked[key][1] for key in keys]
+            for place, score in reward.scores(prompts, texts):
+                keep({keys[place]: score})
+                progress.advance()
+            return
+        for at in range(0, len(keys), _ANSWERS_PER_CALL):
+            part = keys[at : at + _ANSWERS_PER_CALL]
+            found = reward.score([asked[key][0] for key in part], [asked[key][1] for key in part])
+            keep(dict(zip(part, found, strict=True)))
+            progress.advance(len(part))
+
+
+def _compare(reward: PairwiseReward, asked: Mapping[str, Pair], keep: Keep[Json]) -> None:
+    """Have pairs compared, by key; the rows are verdicts on the answer that comes first in the alphabet."""
+    keys = list(asked)
+    with Progress("scores", len(keys), "pair") as progress:
+        if isinstance(reward, JudgingReward):
+            prompts, first, second = ([asked[key][at] for key in keys] for at in range(3))
+            verdicts = reward.verdicts(
+                cast("list[Prompt]", prompts), cast("list[str]", first), cast("list[str]", second)
+            )
+            for place, verdict in verdicts:
+                keep({keys[place]: list(verdict.orders)})
+                progress.advance()
+            return
+        for at in range(0, len(keys), _ANSWERS_PER_CALL):
+            part = [asked[key] for key in keys[at : at + _ANSWERS_PER_CALL]]
+            found = reward.compare(
+                [one for one, _, _ in part], [one for _, one, _ in part], [one for _, _, one in part]
+            )
+            keep(dict(zip(keys[at : at + _ANSWERS_PER_CALL], found, strict=True)))
+            progress.advance(len(part))
+
+
+def _pairs(prompts: Sequence[Prompt], first: Answers, second: Answers) -> list[tuple[str | None, Prompt, str, str]]:
+    """(key, prompt, both answers) for every prompt."""
+    texts = [(prompt, first[prompt.prompt_id].text, second[prompt.prompt_id].text) for prompt in prompts]
+    return [(pair_key(prompt, one, other), prompt, one, other) for prompt, one, other in texts]
+
+
+def _both(store: Store[Json], pairs: Sequence[tuple[str | None, Prompt, str, str]]) -> list[list[float]]:
+    """Both models' rewards by the verdicts in the store."""
+    rows = iter(store.get([key for key, *_ in pairs if key is not None]))
+    own, other = [], []
+    for key, _, one, two in pairs:
+        value = 0.5
+        if key is not None:
+            row = next(rows)
+            value = _verdict(row).value if isinstance(row, list) else float(cast("float", row))
+            value = value if one < two else 1 - value
+        own.append(value)
+        other.append(1 - value)
+    return [own, other]
+
+
+def _verdict(row: Json) -> Verdict:
+    first, second = cast("list[float | None]", row)
+    return Verdict((first, second))
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

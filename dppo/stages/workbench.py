@@ -154,14 +154,15 @@ class Workbench:
                 with self.working(title, store, reuse=not missing, detail=told) as record:
                     record.rows = len(missing)
                     if missing:
-                        with _shards(store, rows_per_shard) as keep:
+                        with shards(store, rows_per_shard) as keep:
                             compute(missing, keep)
         self.accelerator.wait_for_everyone()
         return store.artifact(reused=not missing)
 
 
 @contextmanager
-def _shards(store: Store[Row], rows_per_shard: int) -> Iterator[Keep[Row]]:
+def shards(store: Store[Row], rows_per_shard: int) -> Iterator[Keep[Row]]:
+    """Commits what ``keep`` is given in shards, when they are full or 30 seconds old, and at the end."""
     pending: dict[str, Row] = {}
     committed = time.monotonic()
 
