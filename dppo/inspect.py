@@ -19,7 +19,7 @@ from dppo.data import CountedDataset, Dataset, LabelledDataset, RankedDataset
 from dppo.data.encoding import ChatEncoder, EncodedSet, percentile
 from dppo.data.subsets import nested_subset
 from dppo.errors import UserError
-from dppo.rewards import Reward
+from dppo.rewards import PairwiseReward, Reward
 from dppo.rewards.bradley_terry import BradleyTerry
 from dppo.terminal import harmless, print_anything
 from dppo.types import EncodedExample, EncodedResponse, PreferenceExample, Role, Shape, Split, StatisticsObjective
@@ -138,7 +138,7 @@ def _stages(experiment: Experiment) -> list[_Stage]:
     return found
 
 
-def _rows(dataset: Dataset, reward: Reward, shape: _Shape, split: Split) -> list[PreferenceExample]:
+def _rows(dataset: Dataset, reward: Reward | PairwiseReward, shape: _Shape, split: Split) -> list[PreferenceExample]:
     """The examples of a split as a run reads them: a pair serves every loss, and a reward model keeps its own pairs."""
     if shape == "chats":
         return dataset.chats(split)
