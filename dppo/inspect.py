@@ -6,9 +6,7 @@ no file. The exit status is 1 if a prompt is both trained on and evaluated.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,10 +15,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from dppo import config, startup
 from dppo.command_line import EXIT_FAILED, Parser, aligned, command
-from dppo.data import Dataset, LabelledDataset, RankedDataset
+from dppo.data import CountedDataset, Dataset, LabelledDataset, RankedDataset
 from dppo.data.encoding import ChatEncoder, EncodedSet, percentile
 from dppo.data.subsets import nested_subset
 from dppo.errors import UserError
+from dppo.rewards import PairwiseReward, Reward
+from dppo.rewards.bradley_terry import BradleyTerry
 from dppo.terminal import harmless, print_anything
 from dppo.types import EncodedExample, EncodedResponse, PreferenceExample, Role, Shape, Split, StatisticsObjective
 
@@ -78,11 +78,10 @@ def _inspect(argv: Sequence[str] | None) -> int:
     dataset, stages = experiment.dataset, _stages(experiment)
     encoder = ChatEncoder(experiment.model.load_tokenizer())
     print(f"data {type(dataset).__name__}, tokenizer of {type(experiment.model).__name__}, split {split}")
-    with _said() as said:
-        rows = functools.cache(functools.partial(_rows, dataset))
-        found = [_encoded(dataset, rows, encoder, stage, split) for stage in stages]
-        table, n_shared = _splits(dataset, rows, stages)
-    lines = _notes(f"  {line}" for line in dict.fromkeys(said))
+    rows = functools.cache(functools.partial(_rows, dataset, experiment.reward))
+    found = [_encoded(dataset, rows, encoder, stage, split) for stage in stages]
+    table, n_shared = _splits(dataset, rows, stages)
+    lines = _notes(f"  {harmless(line)}" for line in _readings(dataset, stages))
     for stage, (n_rows, encoded) in zip(stages, found, strict=True):
         lines += [[], *_stage_lines(stage, n_rows, encoded)]
         for place, example in enumerate(encoded.examples[:n], start=1):
@@ -119,30 +118,6 @@ def _arguments(argv: Sequence[str] | None) -> tuple[int, Split, bool, list[str]]
     raise UserError(f"split={split}: must be one of {', '.join(get_args(Split))}")
 
 
-class _Said(logging.Handler):
-    """Keeps the lines that reading data logs: which rows were left out, and why."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(harmless(record.getMessage()))
-
-
-@contextlib.contextmanager
-def _said() -> Iterator[list[str]]:
-    logger, handler = logging.getLogger("dppo"), _Said()
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield handler.lines
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
 # --- what the run trains on -------------------------------------------------------------------------------------------
 
 
@@ -163,15 +138,29 @@ def _stages(experiment: Experiment) -> list[_Stage]:
     return found
 
 
-def _rows(dataset: Dataset, shape: _Shape, split: Split) -> list[PreferenceExample]:
-    """The examples of a split as a run reads them; a pair serves every loss."""
+def _rows(dataset: Dataset, reward: Reward | PairwiseReward, shape: _Shape, split: Split) -> list[PreferenceExample]:
+    """The examples of a split as a run reads them: a pair serves every loss, and a reward model keeps its own pairs."""
     if shape == "chats":
         return dataset.chats(split)
     if shape == "ranked" and isinstance(dataset, RankedDataset):
-        return dataset.ranked(split)
-    if shape == "labelled" and isinstance(dataset, LabelledDataset):
-        return dataset.labelled(split)
-    return dataset.pairs(split)
+        rows = dataset.ranked(split)
+    elif shape == "labelled" and isinstance(dataset, LabelledDataset):
+        rows = dataset.labelled(split)
+    else:
+        rows = dataset.pairs(split)
+    if split == "train" and isinstance(reward, BradleyTerry):
+        return [row for row in rows if reward.is_left(row.prompt)]
+    return rows
+
+
+def _readings(dataset: Dataset, stages: Sequence[_Stage]) -> list[str]:
+    """What became of the rows of the files, one line a split; none for data that is made here."""
+    if not isinstance(dataset, CountedDataset):
+        return []
+    found: list[str] = []
+    for stage in stages:
+        found += map(str, dataset.readings("chats" if stage.shape == "chats" else "preferences"))
+    return list(dict.fromkeys(found))
 
 
 def _encoded(

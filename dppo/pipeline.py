@@ -398,13 +398,13 @@ def curve_identity(experiment: Experiment) -> Json:
 
     A policy from the cache can't be measured on its way any more, so one with a curve is another artifact.
     """
-    settings = experiment.evaluation.interim
+    settings, reward = experiment.evaluation.interim, experiment.reward
     if not settings.kl:
         return None
     return {
         "n_points": settings.n_points,
         "n_prompts": settings.n_prompts,
-        "reward": experiment.reward.identity(),
+        "reward": (reward.settings if isinstance(reward, TrainedReward) else reward).identity(),
         "decoding": experiment.generation.identity(),
     }
 

@@ -9,13 +9,16 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from dppo import config, inspect, pipeline
 from dppo.data.encoding import ChatEncoder
+from dppo.data.instructions import Instructions
 from dppo.data.subsets import nested_subset
+from dppo.types import PreferenceExample, Split
 from tests.conftest import outside, small
 from tests.data.test_sources import Row, chat_row, chats, pair_row, preferences, write_jsonl
 
@@ -122,18 +125,49 @@ def test_long_texts_lose_their_middle_unless_asked(tmp_path: Path, capsys: Captu
     assert "q" * 199 + "[" in cut and re.search(r"\[16\d tokens left out\]q", cut)  # behind <|user|>
 
 
-def test_drops_by_reason_and_overlaps_are_said(tmp_path: Path, capsys: Captured) -> None:
+@dataclass(frozen=True)
+class Leaky(Instructions):
+    """Has two prompts of the test split among its demonstrations, and one among its validation pairs."""
+
+    def chats(self, split: Split) -> list[PreferenceExample]:
+        return [*super().chats(split), *super().pairs("test")[:2]]
+
+    def pairs(self, split: Split) -> list[PreferenceExample]:
+        return [*super().pairs(split), *(super().pairs("test")[:1] if split == "validation" else [])]
+
+
+def test_prompts_in_two_splits_are_a_warning_and_a_status(capsys: Captured) -> None:
+    words = small("loss=dpo", "dataset._target_=tests.test_inspect.Leaky", "allowed_targets=[tests]")
+    output = shown(capsys, *words, "n=0", status=1)
+    warnings = [line for line in output.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        "warning: chats train and validation share 1 prompts: must be 0",
+        "warning: chats train and test share 2 prompts: must be 0",
+        "warning: validation and test share 1 prompts: must be 0",
+    ]
+    assert "prompts in more than one split: 0" not in output
+
+
+def test_what_a_reward_model_keeps_to_itself_is_not_shown(capsys: Captured) -> None:
+    words = small("loss=dpo", "sft=none", "reward=bradley_terry", "reward.held_back=0.5")
+    found = re.search(r"loss=dpo: (\d+) of (\d+) examples", shown(capsys, *words, "n=0"))
+    experiment = config.from_words(words)
+    left = pipeline._training_rows(experiment)["pairs"]
+    assert found and int(found[1]) == int(found[2]) == len(left) < len(experiment.dataset.pairs("train"))
+
+
+def test_drops_are_said_by_their_reason(tmp_path: Path, capsys: Captured) -> None:
     train = [pair_row("q" * n) for n in range(1, 41)]
     words = feedback(
         tmp_path, [*train, pair_row("same", "x", "x"), pair_row("test")], chat=[chat_row("test"), chat_row("chat")]
     )
-    output = shown(capsys, *words, "loss=dpo", "n=0", "train.max_length=20", status=1)
+    output = shown(capsys, *words, "loss=dpo", "n=0", "train.max_length=20")
     assert re.search(r"40 of 42 rows; left out 2 \(.*chosen and rejected are equal: 1", output)
-    assert "prompt is in the test split: 1" in output
+    assert re.search(r"pairs train_prefs: 40 of 42 rows; left out 2 \(.*test.*: 1", output)
+    assert re.search(r"chats train: 1 of 2 rows; left out 1 \(.*: 1\)", output)
     dropped = re.search(r"prompt leaves no room for an answer in 20 tokens: (\d+)$", output, re.MULTILINE)
     assert dropped and f"left out: {dropped[1]} examples" in output and 10 < int(dropped[1]) < 30
-    assert "warning: chats train and test share 1 prompts: must be 0" in output
-    assert "prompts in more than one split: 0" not in output
+    assert "prompts in more than one split: 0" in output
 
 
 def test_another_split_has_the_limit_of_the_training_split(capsys: Captured) -> None:

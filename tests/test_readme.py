@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import dppo.__main__ as entry
-from dppo import cache, compare, dashboard, evaluate, methods, sync
+from dppo import cache, compare, dashboard, evaluate, export, inspect, methods, sync
 from dppo.config import CONF_DIR
 from dppo.report import __main__ as report
 from tests.conftest import small
@@ -74,6 +74,7 @@ def test_every_command_runs(
     if module != "dppo":
         commands = {"cache": cache.main, "compare": compare.main, "methods": methods.main}
         commands |= {"report": report.main, "sync": sync.main, "dashboard": dashboard.main, "evaluate": evaluate.main}
+        commands |= {"inspect": inspect.main, "export": export.main}
         status = commands[module.partition(".")[2]](words)
     else:
         monkeypatch.setattr(sys, "argv", ["dppo", *reduced(words)])
