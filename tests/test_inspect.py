@@ -127,12 +127,16 @@ def test_drops_by_reason_and_overlaps_are_said(tmp_path: Path, capsys: Captured)
     words = feedback(
         tmp_path, [*train, pair_row("same", "x", "x"), pair_row("test")], chat=[chat_row("test"), chat_row("chat")]
     )
-    output = shown(capsys, *words, "loss=dpo", "n=0", "train.max_length=20", status=1)
+    output = shown(capsys, *words, "loss=dpo", "n=0", "train.max_length=20")
     assert re.search(r"40 of 42 rows; left out 2 \(.*chosen and rejected are equal: 1", output)
     assert "prompt is in the test split: 1" in output
     dropped = re.search(r"prompt leaves no room for an answer in 20 tokens: (\d+)$", output, re.MULTILINE)
     assert dropped and f"left out: {dropped[1]} examples" in output and 10 < int(dropped[1]) < 30
-    assert "warning: chats train and test share 1 prompts: must be 0" in output
+    assert "prompt is an evaluation prompt of the preferences: 1" in output
+    assert "prompts in more than one split: 0" in output
+    leaky = ["allowed_targets=[tests.outside]", "dataset._target_=tests.outside.Leaky"]
+    output = shown(capsys, *words, *leaky, "loss=dpo", "n=0", status=1)
+    assert re.search(r"warning: pairs train and test share \d+ prompts: must be 0", output)
     assert "prompts in more than one split: 0" not in output
 
 
