@@ -506,7 +506,7 @@ def _training_rows(experiment: Experiment) -> dict[Shape, list[PreferenceExample
             raise UserError(
                 f"dataset={type(experiment.dataset).__name__}: has no prompt with a better and a worse answer, which "
                 f"phase {name} needs for loss={phase.loss.name}; choose loss=kto for labelled or loss=rrhf for ranked "
-                "answers, or a data set of pairs"
+                "answers, loss=none for chats alone, or a data set of pairs"
             )
     reward = experiment.reward
     if isinstance(reward, BradleyTerry):

@@ -285,6 +285,7 @@ def test_rows_that_cannot_tell_are_passed_over(tmp_path: Path, caplog: pytest.Lo
         ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
         ("The sky is\nblue.", "The sky is\ngreen.", ("The sky is\n", "blue.", "green.")),
         ("blue", "green", ("", "blue", "green")),
+        ("blue ", "green ", ("", "blue ", "green ")),
         ("a b ", "a c ", ("a", " b ", " c ")),
         (" x", " y", ("", " x", " y")),
         ([U, A], [U, B], ([U], [A], [B])),
