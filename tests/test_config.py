@@ -91,6 +91,8 @@ NEEDS = {
     ("dataset", "labelled_file"): ["dataset.path=labelled.jsonl"],
     ("experiment", "claim_e_low_edit_distance"): ["dataset.path=pairs.parquet"],
     ("model", "pretrained"): ["model.name_or_path=folder"],
+    ("reward", "endpoint"): ["reward.server.base_url=http://localhost:8000/v1", "reward.model=m"],
+    ("reward", "judge"): ["reward.model=m"],
 }
 
 

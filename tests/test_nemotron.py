@@ -148,7 +148,7 @@ def test_quantised_weights_score_as_what_they_stand_for(
         with torch.no_grad():
             for name, weight in weights.items():
                 plain.get_submodule(name).weight.copy_(weight.view_as(plain.get_submodule(name).weight))
-        assert full.score(PROMPTS, ANSWERS) == pytest.approx(found, abs=0.7 if quantisation == "int8" else 0.15)
+        assert full.score(PROMPTS, ANSWERS) == pytest.approx(found, abs=0.7 if quantisation == "int8" else 0.25)
 
 
 def test_a_run_is_scored_by_it(tmp_path: Path) -> None:
