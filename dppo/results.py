@@ -126,7 +126,8 @@ def complete(
     negative_share}; ``length`` {policy, reference, each {tokens, characters, end_of_turn_rate}}; ``kl``
     {nats_per_token, nats_per_answer, n_answers, n_tokens}; ``held_out`` likelihoods and accuracies on pairs of the
     split; ``reward_model``, where the run trained one, {model, splits} (``stages.reward_model.reward_accuracy``);
-    ``training`` by phase {n_examples, steps}; ``after_edit`` mean token log-prob of chosen answers behind the
+    ``training`` by phase {n_examples, steps}; with dataset=on_policy ``on_policy`` by round
+    (``on_policy.Preferences.counts``); ``after_edit`` mean token log-prob of chosen answers behind the
     first edit (``evaluation.edits``);
     ``timings`` {stages: [{stage, fingerprint, seconds, reused, rows (that a growing store got, else null)}],
     total_seconds}. Intervals are 95 %.

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from dppo.config import require
 from dppo.errors import UserError
@@ -140,9 +139,7 @@ class DiverseBeam(Beam):
     def search(
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], end_ids: frozenset[int]
     ) -> list[list[Ended]]:
-        return self._search(
-            model, prompts, end_ids, n_groups=self.n_groups, diversity_penalty=self.diversity_penalty
-        )
+        return self._search(model, prompts, end_ids, n_groups=self.n_groups, diversity_penalty=self.diversity_penalty)
 
 
 @dataclass(frozen=True, order=True)
@@ -175,7 +172,8 @@ class _Group:
 
         Returns the beam that each new beam goes on from. Of the first ``size`` steps those that end are answers.
         """
-        beams, scores, parents = [], [], []
+        beams: list[tuple[int, ...]] = []
+        scores, parents = [], []
         for place, (score, parent, token) in enumerate(steps):
             ends = token in end_ids or length == longest
             if ends and place < self.size and not self.done:

@@ -78,9 +78,10 @@ def drawn(logits: Tensor, shares: Tensor, temperature: float, top_p: float) -> T
         probabilities = probabilities * torch.zeros_like(stays).scatter(-1, tokens, stays)
     exact = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no fp64
     reached = probabilities.to(exact).cumsum(-1)
-    wanted = shares.to(logits.device, exact)[:, None] * reached[:, -1:]
+    total = reached[:, -1:].contiguous()
+    wanted = shares.to(logits.device, exact)[:, None] * total
     # Equal entries are tokens without probability: the first entry above the share is never one of them. Should
     # rounding lift a share to the end, the last token with probability is meant.
     place = torch.searchsorted(reached, wanted, right=True)
-    last = torch.searchsorted(reached, reached[:, -1:], right=False)
+    last = torch.searchsorted(reached, total, right=False)
     return torch.minimum(place, last)[:, 0]
