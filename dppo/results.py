@@ -330,6 +330,8 @@ def header(experiment: Experiment, directory: Path, overrides: Sequence[str]) ->
 def _brief(settings: object) -> str:
     name = type(settings).__name__
     where = getattr(settings, "name_or_path", None) or getattr(settings, "path", None)
+    if (source := getattr(settings, "source", None)) is not None:
+        where = _brief(source)
     return f"{name}({where})" if where else name
 
 
