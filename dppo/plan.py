@@ -336,7 +336,8 @@ def _add_candidates(
     planner.store("candidates", store, keys, "prompt")
     missing = set(store.missing(keys))
     made = stored_candidates(store, [key for key in keys if key not in missing])
-    blanks = {key: [_unknown(store, f"{key}:{number}") for number in range(dataset.answers.n_answers)] for key in keys}
+    n_blanks = max(2, dataset.answers.n_answers)  # one answer alone is mixed with others
+    blanks = {key: [_unknown(store, f"{key}:{number}") for number in range(n_blanks)] for key in keys}
     texts = {**blanks, **on_policy.different(dataset, made)}
 
     reward = pipeline.ranker(experiment)
