@@ -88,6 +88,7 @@ CHEAP = [
     "data.preferences",
     "data.corrupted",
     "data.files",
+    "data.on_policy",
 ]
 
 

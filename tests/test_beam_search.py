@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from dppo.errors import UserError
 from dppo.generation import Beam, DiverseBeam
-from tests.test_generation import ENDS, MODELS, PROMPTS, VOCABULARY, WIDTH, Watch, answers, rows, words  # noqa: F401
-from tests.tiny_models import gpt2, llama
+from tests.test_generation import ENDS, MODELS, PROMPTS, WIDTH, Watch, answers, rows, words  # noqa: F401
+from tests.tiny_models import VOCABULARY, gpt2, llama
 
 LONGEST = 10
 PLAIN = [ids for _, ids in PROMPTS]

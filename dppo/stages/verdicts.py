@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dppo.rewards import PairwiseReward
 
 VERSION = 1
-_PAIRS_PER_CALL = 256
+_PAIRS_PER_CALL = 64
 
 Contest = tuple[Prompt, str, str]
 """A prompt and two different answers to it."""
