@@ -213,6 +213,7 @@ def test_seeds_share_the_answers_and_what_decides_the_preferences_does_not(root:
         "loss=none",
         "+experiment=unll_then_dpo phases.unll.train.n_examples=10 phases.dpo.train.steps=2 phases.unll.train.steps=2",
         "+experiment=iterated_dpo dataset.rounds=2 phases.main.train.steps=2",
+        "loss=dpo reward=bradley_terry reward.train.steps=2",
     ],
 )
 def test_a_run_builds_exactly_what_was_planned(words: str, root: Path, first: Finished) -> None:
@@ -236,6 +237,12 @@ def test_a_run_builds_exactly_what_was_planned(words: str, root: Path, first: Fi
         assert max(row.get("train/n_ranked_pairs", 0) for row in found.metrics) > 10  # C(7, 2) without ties is 21
     if "unll_then_dpo" in words:
         assert found.result["training"]["unll"]["n_examples"] <= 10 < found.result["training"]["dpo"]["n_examples"]
+    if "bradley_terry" in words:  # half of the prompts are the reward model's
+        experiment = experiment_of(root, "reward=bradley_terry")
+        asked = {one.prompt_id for one in pipeline.prompts_to_answer(experiment)}
+        held_back = {pair.prompt.prompt_id for pair in experiment.reward.own_pairs(experiment.dataset.pairs("train"))}  # type: ignore[attr-defined]
+        assert found.result["on_policy"]["round_1"]["n_prompts"] == len(asked) == 32 - len(held_back)
+        assert not asked & held_back
     if "train.n_examples=12" in words:
         assert found.result["on_policy"]["round_1"]["n_prompts"] == 12
 
@@ -381,7 +388,7 @@ def test_a_pairwise_ranker_ranks_by_its_verdicts(root: Path, first: Finished) ->
 )
 def test_settings_that_cannot_work_are_refused_in_one_line(words: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        experiment_of(tmp_path, *words.split())
+        pipeline._training_rows(experiment_of(tmp_path, *words.split()))
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
 
