@@ -380,6 +380,7 @@ def test_a_pairwise_ranker_ranks_by_its_verdicts(root: Path, first: Finished) ->
         ("dataset.answers.temperature=0", "dataset.answers.temperature=0.0: must be > 0"),
         ("+generation@dataset.answers=greedy", "dataset.answers"),
         ("dataset.ranker={_target_:dppo.data.on_policy.OnPolicy}", "dataset.ranker"),
+        ("reward@dataset.ranker=bradley_terry", "dataset.ranker=bradley_terry: a run trains the reward that evaluates"),
         (
             "dataset/answers=diverse_beam dataset.answers.n_groups=2",
             "dataset.answers.n_groups=2: must be at least 2 and",
