@@ -249,8 +249,9 @@ class Experiment:
         if not self.phases:
             require(self.sft.train is not None, "sft.train", None, "without a preference phase nothing is trained")
         first = next(iter(self.phases.values()), None)
+        rounds = getattr(self.dataset, "rounds", 1)  # of dataset=on_policy: later ones start from another policy
         require(
-            first is None or first.reference == "sft" or self.init_from is not None,
+            first is None or first.reference == "sft" or self.init_from is not None or rounds > 1,
             "reference",
             "previous",
             "the first phase starts from the SFT model: write reference: sft",

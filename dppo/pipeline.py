@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from dppo import __version__, results
+from dppo import __version__, on_policy, results
 from dppo.artifacts import Cache
 from dppo.artifacts.manifest import Manifest
 from dppo.artifacts.stores import n_rows
@@ -25,6 +25,7 @@ from dppo.data import Dataset, LabelledDataset, RankedDataset
 from dppo.data.encoding import ChatEncoder, EncodedSet
 from dppo.data.ids import content_hash
 from dppo.data.kept import Kept
+from dppo.data.on_policy import OnPolicy
 from dppo.data.shapes import one_row_per_prompt, with_answers_of_the_row_before, with_answers_to_other_prompts
 from dppo.data.subsets import nested_subset
 from dppo.errors import Pruned, UserError
@@ -33,6 +34,7 @@ from dppo.loop import PERCENT, Interim, Interrupted, Metrics, ReferenceLogps, n_
 from dppo.losses.penalised import PenalisedLoss
 from dppo.losses.penalties import Expectile
 from dppo.losses.unpaired import DESIRABLE, KTO
+from dppo.rewards import PairwiseReward, Reward
 from dppo.rewards.bradley_terry import BradleyTerry, TrainedReward
 from dppo.stages.compare import compare
 from dppo.stages.drift import drift
@@ -205,10 +207,15 @@ def penalty_strength(experiment: Experiment) -> dict[str, float | int]:
     bench.cache.check_writable()
     encoder = ChatEncoder(experiment.model.load_tokenizer())
     if experiment.init_from is None:
-        reference = sft(bench, experiment.model, experiment.dataset, experiment.sft, encoder)
+        reference = start = sft(bench, experiment.model, experiment.dataset, experiment.sft, encoder)
     else:
-        reference, _ = finished_run(bench, experiment.init_from, encoder)
-    rows = nested_subset(_training_rows(experiment)[loss.trains_on], phase.train.n_examples, experiment.seed)
+        reference, start = finished_run(bench, experiment.init_from, encoder)
+    if isinstance(experiment.dataset, OnPolicy):
+        reward = ready_reward(bench, experiment.reward, experiment.model, experiment.dataset, reference, encoder)
+        training = _answers_ranked(dataclasses.replace(experiment, reward=reward), bench, start, encoder).rows
+    else:
+        training = _training_rows(experiment)
+    rows = nested_subset(rows_of_phase(experiment, phase, training), phase.train.n_examples, experiment.seed)
     examples = encoder.encode(rows, phase.train.max_length, key="train.max_length").examples
     _, lookup = reference_logps(bench, reference, examples, phase.train)
     margins = []
@@ -244,20 +251,28 @@ def _stages(
         reference, policy = finished_run(bench, experiment.init_from, encoder)
     mirror.shared(reference.stage, reference)
     reward = ready_reward(bench, experiment.reward, experiment.model, experiment.dataset, reference, encoder)
-    ranked: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
     if isinstance(reward, TrainedReward):
         mirror.shared("reward", reward.model)
-        ranked = reward_accuracy(bench, reward, experiment.dataset, evaluation)
+        measured = reward_accuracy(bench, reward, experiment.dataset, evaluation)
         experiment = dataclasses.replace(experiment, reward=reward)
     offset = 0
     trained_on: dict[str, dict[str, int]] = {}
-    for name, phase in experiment.phases.items():
+    made_from: list[str] = []
+    ranked: dict[str, dict[str, float | int]] = {}
+    plan = schedule(experiment)
+    for number, name, phase in plan:
+        if isinstance(experiment.dataset, OnPolicy) and phase is next(iter(experiment.phases.values())):
+            preferences = _answers_ranked(experiment, bench, policy, encoder)
+            training, made_from = preferences.rows, preferences.parents
+            ranked[f"round_{number}"] = preferences.counts
+            mirror.shared("candidates", preferences.answered)
         base = reference if phase.reference == "sft" else policy
-        last = phase is list(experiment.phases.values())[-1]
+        last = (number, name, phase) == plan[-1]
         watch = functools.partial(_interim, experiment, bench, base, encoder, verdict) if last else None
-        rows = training[phase.loss.trains_on]
+        rows = rows_of_phase(experiment, phase, training)
         mirror.begin(name, offset)
-        trained = _phase(experiment, bench, name, phase, rows, policy, base, encoder, watch, mirror)
+        trained = _phase(experiment, bench, name, phase, rows, made_from, policy, base, encoder, watch, mirror)
         mirror.rest(trained.metrics)
         for notice in trained.outcome.get("notices", ()) if trained.reused else ():
             bench.warn(f"{name}: {notice}")
@@ -290,8 +305,10 @@ def _stages(
         scored,
         evaluation,
     )
-    if ranked is not None:
-        moved["reward_model"] = ranked
+    if measured is not None:
+        moved["reward_model"] = measured
+    if ranked:
+        moved["on_policy"] = ranked
     moved |= {**judged, "training": trained_on}
     moved["after_edit"] = after_edit(pair_rows, n_bootstrap=evaluation.n_bootstrap, seed=evaluation.bootstrap_seed)
     samples = results.samples(prompts, own, other, own_rewards, other_rewards)
@@ -309,6 +326,7 @@ def _phase(
     name: str,
     phase: Phase,
     training: Sequence[PreferenceExample],
+    made_from: Sequence[str],
     start: Artifact,
     base: Artifact,
     encoder: ChatEncoder,
@@ -317,14 +335,15 @@ def _phase(
 ) -> Trained:
     """One preference phase: y_gen and reference log-probs if its loss uses them, then training.
 
-    ``watch`` makes the interim measurements for a number of steps and the held-out examples.
+    ``made_from`` are the stores that the rows in ``training`` come from, if this run made them. ``watch`` makes the
+    interim measurements for a number of steps and the held-out examples.
     """
     train, seed = phase.train, experiment.seed
     data = phase_data(experiment, bench, phase, training, encoder)
     for note in data.notes:
         bench.say(f"  {name}: {note}")
     examples, held_out = data.examples, data.held_out
-    parents: list[str] = []
+    parents = list(made_from)
     if "generated" in phase.loss.uses_roles:
         store, answers = generate(bench, "y_gen", base, data.prompts, experiment.generation, encoder)
         mirror.shared("y_gen", store)
@@ -437,6 +456,8 @@ def interim_data(
 
 def _rows(dataset: Dataset, shape: Shape, split: Split) -> list[PreferenceExample]:
     """The data set's examples in the shape that a loss trains on; a pair serves every loss."""
+    if isinstance(dataset, OnPolicy):
+        dataset = dataset.source
     key = json.dumps(dataset.identity(), sort_keys=True)
     if shape == "ranked" and isinstance(dataset, RankedDataset):
         return _read.get((key, shape, split), lambda: dataset.ranked(split))
@@ -495,8 +516,22 @@ def drift_data(
 def _training_rows(experiment: Experiment) -> dict[Shape, list[PreferenceExample]]:
     """What the phases train on, read before anything is trained.
 
-    Raises UserError if the data set lacks what a phase's loss needs.
+    Nothing yet if they train on the model's own answers. Raises UserError if the data set lacks what a phase's loss
+    needs.
     """
+    if isinstance(experiment.dataset, OnPolicy):
+        if isinstance(experiment.dataset.ranker, BradleyTerry):
+            raise UserError(
+                "dataset.ranker=bradley_terry: a run trains the reward that evaluates it only; type "
+                "reward=bradley_terry, or reward@dataset.ranker=classifier with a trained model's folder"
+            )
+        if isinstance(experiment.reward, BradleyTerry):
+            experiment.reward.own_pairs(_rows(experiment.dataset, "pairs", "train"))
+        prompts = _prompts_left(experiment)
+        if not prompts:
+            raise UserError("dataset.source: has no training prompts for the model to answer; choose another one")
+        ranker(experiment).check(prompts)
+        return {}
     found: dict[Shape, list[PreferenceExample]] = {}
     for name, phase in experiment.phases.items():
         shape = phase.loss.trains_on
@@ -534,13 +569,68 @@ def _kept_apart(experiment: Experiment, training: Mapping[Shape, Sequence[Prefer
 
 
 def training_data(experiment: Experiment) -> Json:
-    """What decides the rows that the phases train on: the data set, without what a reward model keeps to itself."""
-    identity = experiment.dataset.identity()
-    reward = experiment.reward
+    """What decides the rows that the phases train on: the data set, without what a reward model keeps to itself.
+
+    Rows that are made from answers also depend on the stores that hold them.
+    """
+    dataset, reward = experiment.dataset, experiment.reward
+    identity = dataset.preferences_identity() if isinstance(dataset, OnPolicy) else dataset.identity()
     settings = reward.settings if isinstance(reward, TrainedReward) else reward
     if isinstance(settings, BradleyTerry) and settings.held_back is not None:
         return {**identity, "left_out": settings.rows_identity()}
     return identity
+
+
+def schedule(experiment: Experiment) -> list[tuple[int, str, Phase]]:
+    """(round, name, phase) in the order of training: all phases, and once more in every further round."""
+    rounds = experiment.dataset.rounds if isinstance(experiment.dataset, OnPolicy) else 1
+    return [
+        (number, name if number == 1 else f"{name} round {number}", phase)
+        for number in range(1, rounds + 1)
+        for name, phase in experiment.phases.items()
+    ]
+
+
+def ranker(experiment: Experiment) -> Reward | PairwiseReward:
+    """What ranks the model's own answers: a reward of its own, or the one that evaluates the run."""
+    assert isinstance(experiment.dataset, OnPolicy)
+    return experiment.reward if experiment.dataset.ranker is None else experiment.dataset.ranker
+
+
+def prompts_to_answer(experiment: Experiment) -> list[Prompt]:
+    """The training prompts that a phase of this run may see, the same in every round."""
+    sizes = [phase.train.n_examples for phase in experiment.phases.values()]
+    most = None if None in sizes else max(size for size in sizes if size is not None)
+    return nested_subset(_prompts_left(experiment), most, experiment.seed)
+
+
+def _prompts_left(experiment: Experiment) -> list[Prompt]:
+    """The training prompts, without those that a reward model keeps to itself."""
+    reward = experiment.reward
+    settings = reward.settings if isinstance(reward, TrainedReward) else reward
+    prompts = _prompts(experiment.dataset, "train")
+    return [one for one in prompts if settings.is_left(one)] if isinstance(settings, BradleyTerry) else prompts
+
+
+def _answers_ranked(
+    experiment: Experiment, bench: Workbench, model: Artifact, encoder: ChatEncoder
+) -> on_policy.Preferences:
+    dataset = experiment.dataset
+    assert isinstance(dataset, OnPolicy)
+    return on_policy.preferences(bench, dataset, ranker(experiment), prompts_to_answer(experiment), model, encoder)
+
+
+def rows_of_phase(
+    experiment: Experiment, phase: Phase, training: Mapping[Shape, Sequence[PreferenceExample]]
+) -> Sequence[PreferenceExample]:
+    """The rows that a phase may train on, in the shape of its loss."""
+    rows = training[phase.loss.trains_on]
+    if not isinstance(experiment.dataset, OnPolicy):
+        return rows
+    # A limit counts prompts here: what a phase sees of them must not depend on what other phases ask for.
+    asked = nested_subset(_prompts_left(experiment), phase.train.n_examples, experiment.seed)
+    wanted = {prompt.prompt_id for prompt in asked}
+    return [row for row in rows if row.prompt.prompt_id in wanted]
 
 
 def _shaped(encoded: EncodedSet, phase: Phase, seed: int, bench: Workbench) -> Sequence[EncodedExample]:

@@ -16,13 +16,14 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from dppo import pipeline, results
+from dppo import on_policy, pipeline, results
 from dppo.artifacts import Cache, Damaged, Manifest, Slot, Store, fingerprint, maintenance, short
 from dppo.artifacts.layout import Entry, Layout
 from dppo.cache import size
 from dppo.command_line import aligned, duration
 from dppo.config import Experiment, Phase
 from dppo.data.encoding import ChatEncoder
+from dppo.data.on_policy import OnPolicy
 from dppo.errors import UserError
 from dppo.loop import checkpoint_step, n_steps
 from dppo.models import Model, n_parameters
@@ -31,7 +32,7 @@ from dppo.rewards.bradley_terry import BradleyTerry, TrainedReward
 from dppo.stages.compare import compare_slot
 from dppo.stages.drift import drift_slot, n_responses
 from dppo.stages.finished import finished_slots
-from dppo.stages.generate import answers_store, stored_answers
+from dppo.stages.generate import answers_store, candidates_store, stored_answers, stored_candidates
 from dppo.stages.preference import preference_slot
 from dppo.stages.reference import reference_store, response_keys
 from dppo.stages.reward_model import (
@@ -251,9 +252,15 @@ def _add_stages(
     reference, policy = _add_start(planner)
     _add_reward_model(planner, reference)
     experiment, bench, encoder = planner.experiment, planner.bench, planner.encoder
-    for phase in experiment.phases.values():
+    made_from: list[str] = []
+    schedule = pipeline.schedule(experiment)
+    for number, name, phase in schedule:
+        if isinstance(experiment.dataset, OnPolicy) and phase is next(iter(experiment.phases.values())):
+            training, made_from = _add_candidates(planner, experiment.dataset, policy)
         base = reference if phase.reference == "sft" else policy
-        slot = _add_phase(planner, phase, training[phase.loss.trains_on], policy, base)
+        last = (number, name, phase) == schedule[-1]
+        rows = pipeline.rows_of_phase(experiment, phase, training)
+        slot = _add_phase(planner, phase, rows, made_from, policy, base, last=last)
         if slot.complete() and _outcome(slot.manifest()).get("status") == "diverged":
             planner.steps[-1] = dataclasses.replace(planner.steps[-1], basis="diverged: the run would end here")
             return
@@ -316,12 +323,53 @@ def _add_reward_model(planner: _Planner, reference: str) -> None:
     planner.experiment = dataclasses.replace(experiment, reward=reward)
 
 
-def _add_phase(planner: _Planner, phase: Phase, training: Sequence[PreferenceExample], start: str, base: str) -> Slot:
+def _add_candidates(
+    planner: _Planner, dataset: OnPolicy, model: str
+) -> tuple[Mapping[Any, Sequence[PreferenceExample]], list[str]]:
+    """The answers of a round and their ranking: (what the phases train on, the stores that it comes from).
+
+    A prompt whose answers or scores are not there yet stands there with answers that nobody gave, so that it counts.
+    """
+    experiment, bench, encoder = planner.experiment, planner.bench, planner.encoder
+    prompts = on_policy.answerable(pipeline.prompts_to_answer(experiment), dataset, encoder)
+    store = candidates_store(bench, model, dataset.answers, encoder)
+    keys = [prompt.prompt_id for prompt in prompts]
+    planner.store("candidates", store, keys, "prompt")
+    missing = set(store.missing(keys))
+    made = stored_candidates(store, [key for key in keys if key not in missing])
+    n_blanks = max(2, dataset.answers.n_answers)  # one answer alone is mixed with others
+    blanks = {key: [_unknown(store, f"{key}:{number}") for number in range(n_blanks)] for key in keys}
+    texts = {**blanks, **on_policy.different(dataset, made)}
+
+    reward = pipeline.ranker(experiment)
+    ranking = scores_store(bench, reward)
+    names = on_policy.ranking_keys(reward, prompts, texts)
+    unit = "response" if isinstance(reward, Reward) else "pair"
+    planner.store("scores", ranking, [name for key in keys for name in names[key]], unit)
+    unranked = set(ranking.missing([name for key in keys for name in names[key]]))
+    known = [key for key in keys if key not in missing and not unranked & set(names[key])]
+    scores = {key: [float(place) for place, _ in enumerate(blank)] for key, blank in blanks.items()}
+    scores |= on_policy.stored_scores(reward, ranking, {key: names[key] for key in known}, texts)
+    texts |= {key: blanks[key] for key in set(keys).difference(known)}
+    rows, _ = on_policy.examples(prompts, texts, scores)
+    return rows, [store.fingerprint, ranking.fingerprint]
+
+
+def _add_phase(
+    planner: _Planner,
+    phase: Phase,
+    training: Sequence[PreferenceExample],
+    made_from: Sequence[str],
+    start: str,
+    base: str,
+    *,
+    last: bool,
+) -> Slot:
     """One preference phase; returns the place of its policy."""
     experiment, bench, encoder = planner.experiment, planner.bench, planner.encoder
     data = pipeline.phase_data(experiment, bench, phase, training, encoder)
     examples: tuple[EncodedExample, ...] = (*data.examples, *data.held_out)
-    parents, unknown = [], []
+    parents, unknown = list(made_from), []
     if "generated" in phase.loss.uses_roles:
         store = answers_store(bench, base, experiment.generation, encoder)
         keys = [prompt.prompt_id for prompt in data.prompts]
@@ -338,7 +386,7 @@ def _add_phase(planner: _Planner, phase: Phase, training: Sequence[PreferenceExa
         parents.append(logps.fingerprint)
     steps = n_steps(phase.train, len(data.examples))
     curve: Json = None
-    if phase is list(experiment.phases.values())[-1]:
+    if last:
         curve = pipeline.curve_identity(experiment)
         _, prompts = pipeline.interim_data(experiment, steps, data.held_out)
         if prompts:

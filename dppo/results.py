@@ -127,7 +127,8 @@ def complete(
     {nats_per_token, nats_per_answer, n_answers, n_tokens}; ``held_out`` likelihoods and accuracies on pairs of the
     split; ``judge``, where one compared the answers (``stages.scores.judging``);
     ``reward_model``, where the run trained one, {model, splits} (``stages.reward_model.reward_accuracy``);
-    ``training`` by phase {n_examples, steps}; ``after_edit`` mean token log-prob of chosen answers behind the
+    ``training`` by phase {n_examples, steps}; with dataset=on_policy ``on_policy`` by round
+    (``on_policy.Preferences.counts``); ``after_edit`` mean token log-prob of chosen answers behind the
     first edit (``evaluation.edits``);
     ``timings`` {stages: [{stage, fingerprint, seconds, reused, rows (that a growing store got, else null)}],
     total_seconds}. Intervals are 95 %.
@@ -330,6 +331,8 @@ def header(experiment: Experiment, directory: Path, overrides: Sequence[str]) ->
 def _brief(settings: object) -> str:
     name = type(settings).__name__
     where = next((found for key in ("name_or_path", "path", "model") if (found := getattr(settings, key, None))), None)
+    if (source := getattr(settings, "source", None)) is not None:
+        where = _brief(source)
     return f"{name}({where})" if where else name
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,11 +44,14 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def small(*overrides: str) -> list[str]:
     """``SMALL`` with these overrides in place of those with the same key, and without what other options lack."""
     given = {override.partition("=")[0] for override in overrides}
+    given |= {name.replace("dataset.source.", "dataset.") for name in given}
     words = [word for word in SMALL if word.partition("=")[0] not in given]
     chosen = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
     if chosen.get("model", "tiny") != "tiny":
         words = [word for word in words if not word.startswith("model.")]
-    if chosen.get("dataset", "instructions") not in ("instructions", "arithmetic"):
+    if chosen.get("dataset") == "on_policy" and "dataset@dataset.source" not in chosen:
+        words = [re.sub(r"^dataset\.", "dataset.source.", word) for word in words]
+    elif chosen.get("dataset", "instructions") not in ("instructions", "arithmetic"):
         words = [word for word in words if not word.startswith("dataset.")]
     if chosen.get("loss") == "none" or "+experiment" in chosen:
         words = [word for word in words if not word.startswith("train.")]

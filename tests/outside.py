@@ -1,12 +1,11 @@
-"""A reward and a data set that are not dppo's own, for tests with allowed_targets."""
+"""A reward that is not dppo's own, for the test of allowed_targets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dppo.data.published import PublishedPairs
-from dppo.types import Json, Prompt, Split
+from dppo.types import Json, Prompt
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,3 @@ class Always:
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         return [1.0] * len(answers)
-
-
-@dataclass(frozen=True)
-class Leaky(PublishedPairs):
-    """Evaluates on the prompts that it trains on."""
-
-    def prompts(self, split: Split) -> list[Prompt]:
-        return super().prompts("train")

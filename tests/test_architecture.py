@@ -91,6 +91,7 @@ CHEAP = [
     "data.preferences",
     "data.corrupted",
     "data.files",
+    "data.on_policy",
 ]
 
 

@@ -103,6 +103,8 @@ def test_every_option_composes_and_passes_the_door(group: str, option: str) -> N
         words.append("loss=unll")
     if group == "dataset/chats":
         words.append("dataset=ultrafeedback")
+    if group == "dataset/answers":
+        words.append("dataset=on_policy")
     if group.startswith("hydra/sweeper/"):
         words.append("hydra/sweeper=optuna")
     experiment = load(compose(words), words)

@@ -138,7 +138,8 @@ def groups_table() -> str:
     for folder in sorted(path for path in CONF_DIR.rglob("*") if path.is_dir() and any(path.glob("*.yaml"))):
         group = folder.relative_to(CONF_DIR).as_posix()
         sweeper = {"hydra/sweeper/sampler": "tpe", "hydra/sweeper/pruner": "median"}
-        first = {**defaults, "loss/base": "dpo", "dataset/chats": "smoltalk", **sweeper}.get(group, "")
+        nested = {"loss/base": "dpo", "dataset/chats": "smoltalk", "dataset/answers": "sampled"}
+        first = {**defaults, **nested, **sweeper}.get(group, "")
         options = sorted(path.stem for path in folder.glob("*.yaml"))
         ordered = [first, *(option for option in options if option != first)] if first else options
         rows.append(f"| `{group}` | {' '.join(f'`{option}`' for option in ordered)} |")

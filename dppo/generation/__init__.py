@@ -1,5 +1,8 @@
 """A model's answers to prompts."""
 
+from dppo.generation.beam import Beam, DiverseBeam
+from dppo.generation.decoding import Decoding, Several
 from dppo.generation.greedy import Greedy
+from dppo.generation.sampled import Sampled
 
-__all__ = ["Greedy"]
+__all__ = ["Beam", "Decoding", "DiverseBeam", "Greedy", "Sampled", "Several"]

@@ -1,4 +1,4 @@
-"""Greedy answers of a model, once per prompt: y_gen for training, answers for evaluation."""
+"""Answers of a model, once per prompt: y_gen for training, answers for evaluation, candidates to be ranked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from dppo.data.encoding import ChatEncoder
-from dppo.generation import Greedy
+from dppo.generation import Greedy, Several
 from dppo.progress import Progress
 from dppo.stages.training import saved_policy
 from dppo.stages.workbench import Keep, Workbench
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _ROWS_PER_SHARD = 2048
+_PROMPTS_PER_SHARD = 256  # of several answers each
 
 
 def answers_store(bench: Workbench, model: str, settings: Greedy, encoder: ChatEncoder) -> Store[Json]:
@@ -63,6 +64,54 @@ def generate(
     detail = f"{len(keys)} answers"
     artifact = bench.fill(title, store, keys, detail, "to make", compute, rows_per_shard=_ROWS_PER_SHARD)
     return artifact, stored_answers(store, keys)
+
+
+def candidates_store(bench: Workbench, model: str, settings: Several, encoder: ChatEncoder) -> Store[Json]:
+    """Where several answers of the model with the fingerprint ``model`` lie, those to a prompt by its ``prompt_id``."""
+    return bench.cache.json_store(
+        "candidates",
+        {
+            "version": VERSION,
+            "decoding": settings.identity(),
+            "template": encoder.template_text,
+            "numerics": bench.numerics(settings.precision),
+        },
+        parents=[model],
+    )
+
+
+def stored_candidates(store: Store[Json], keys: Sequence[str]) -> dict[str, list[Generation]]:
+    """All answers to each prompt from their store, by ``prompt_id``; raises MissingRows if there are holes."""
+    rows = zip(keys, store.get(keys), strict=True)
+    return {key: [_from_json(key, one) for one in cast("list[dict[str, Json]]", row)] for key, row in rows}
+
+
+def candidates(
+    bench: Workbench,
+    model: Artifact,
+    prompts: Sequence[Prompt],
+    settings: Several,
+    encoder: ChatEncoder,
+) -> tuple[Artifact, dict[str, list[Generation]]]:
+    """Several answers of the model to each prompt by ``prompt_id``; only what the store of this model lacks is made."""
+    store = candidates_store(bench, model.fingerprint, settings, encoder)
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    keys = list(by_id)
+
+    def compute(missing: list[str], keep: Keep[Json]) -> None:
+        policy = saved_policy(bench, model)
+        queue = [(key, encoder.prompt_ids(by_id[key].messages)) for key in missing]
+        with Progress("candidates", len(queue), "prompt") as progress:
+            for answers in settings.generate(policy, queue, encoder.end_of_turn_ids, encoder.decode):
+                found: dict[str, list[Json]] = {}
+                for answer in answers:
+                    found.setdefault(answer.prompt_id, []).append(_to_json(answer))
+                keep(found)
+                progress.advance(len(found))
+
+    detail = f"{settings.n_answers} answers to each of {len(keys)} prompts"
+    artifact = bench.fill("candidates", store, keys, detail, "to make", compute, rows_per_shard=_PROMPTS_PER_SHARD)
+    return artifact, stored_candidates(store, keys)
 
 
 def _to_json(answer: Generation) -> Json:

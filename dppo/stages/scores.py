@@ -20,7 +20,8 @@ _ANSWERS_PER_CALL = 256
 # Of rewards that come one by one: what a kill can cost, besides what is under way.
 _ANSWERS_PER_SHARD = 8
 
-Pair = tuple[Prompt, str, str]
+Contest = tuple[Prompt, str, str]
+"""A prompt and two answers to it."""
 Answers = Mapping[str, Generation]
 
 
@@ -49,20 +50,10 @@ def scores(
     A pairwise reward compares two models: the first one's rewards are the verdicts on its answers, in [0, 1], the
     second one's what is left to 1.
     """
-    store = scores_store(bench, reward)
     if not isinstance(reward, Reward):
-        pairs = _pairs(prompts, *models)
-        asked = {key: (prompt, *sorted((one, other))) for key, prompt, one, other in pairs if key is not None}
-
-        def compare(missing: list[str], keep: Keep[Json]) -> None:
-            _compare(reward, {key: cast("Pair", asked[key]) for key in missing}, keep)
-
-        detail = f"{type(reward).__name__}, {len(asked)} pairs"
-        size = _rows_per_shard(reward)
-        artifact = bench.fill("scores", store, list(asked), detail, "to compare", compare, rows_per_shard=size)
-        if isinstance(reward, JudgingReward):
-            reward.accept([_verdict(row) for row in store.get(list(asked))])
-        return artifact, _both(store, pairs)
+        artifact, own = verdicts(bench, reward, _contests(prompts, *models))
+        return artifact, [own, [1 - value for value in own]]
+    store = scores_store(bench, reward)
     keys = [[score_key(prompt, answers[prompt.prompt_id].text) for prompt in prompts] for answers in models]
     texts = {
         key: (prompt, answers[prompt.prompt_id].text)
@@ -79,6 +70,31 @@ def scores(
     return artifact, [[float(cast("float", score)) for score in store.get(own)] for own in keys]
 
 
+def verdicts(bench: Workbench, reward: PairwiseReward, contests: Sequence[Contest]) -> tuple[Artifact, list[float]]:
+    """For each contest how far its first answer is better: 1 better, 0 worse, 1/2 a tie.
+
+    Two answers are compared once, in whichever order they come. Raises UserError if a judge could not be read often.
+    """
+    store = scores_store(bench, reward)
+    asked = _asked(contests)
+
+    def compute(missing: list[str], keep: Keep[Json]) -> None:
+        _compare(reward, {key: asked[key] for key in missing}, keep)
+
+    detail = f"{type(reward).__name__}, {len(asked)} pairs"
+    size = _rows_per_shard(reward)
+    artifact = bench.fill("scores", store, list(asked), detail, "to compare", compute, rows_per_shard=size)
+    if isinstance(reward, JudgingReward):
+        reward.accept([_verdict(row) for row in store.get(list(asked))])
+    return artifact, _stored(store, contests)
+
+
+def verdict_on(row: Json, first: str, second: str) -> float:
+    """How far the first of two different answers is better, by the row of their ``pair_key``."""
+    value = _verdict(row).value if isinstance(row, list) else float(cast("float", row))
+    return value if first < second else 1 - value
+
+
 def judging(
     bench: Workbench, reward: Reward | PairwiseReward, prompts: Sequence[Prompt], models: Sequence[Answers]
 ) -> dict[str, Json]:
@@ -91,8 +107,8 @@ def judging(
     """
     if not isinstance(reward, JudgingReward):
         return {}
-    pairs = _pairs(prompts, *models)
-    keys = list(dict.fromkeys(key for key, *_ in pairs if key is not None))
+    contests = _contests(prompts, *models)
+    keys = list(_asked(contests))
     orders = [_verdict(row).orders for row in scores_store(bench, reward).get(keys)]
     read = [(first, second) for first, second in orders if first is not None and second is not None]
     decided = [value for first, second in read for value in (first, 1 - second) if value != 0.5]
@@ -100,7 +116,7 @@ def judging(
     return {
         "judge": {
             "n_pairs": len(keys),
-            "n_equal": sum(key is None for key, *_ in pairs),
+            "n_equal": sum(first == second for _, first, second in contests),
             "position_consistency": _share(sum(first == second for first, second in read), len(read)),
             "first_place_share": _share(sum(value == 1 for value in decided), len(decided)),
             "unparsable_share": _share(unread, 2 * len(keys)),
@@ -137,12 +153,12 @@ def interim_rewards(
 
     def judge(answers: Answers) -> tuple[list[float], list[float]]:
         store = scores_store(bench, reward)
-        pairs = _pairs(prompts, answers, baseline)
-        asked = {key: (prompt, *sorted((one, other))) for key, prompt, one, other in pairs if key is not None}
+        contests = _contests(prompts, answers, baseline)
+        asked = _asked(contests)
         with shards(store, _rows_per_shard(reward)) as keep:
-            _compare(reward, {key: cast("Pair", asked[key]) for key in store.missing(asked)}, keep)
-        own, other = _both(store, pairs)
-        return own, other
+            _compare(reward, {key: asked[key] for key in store.missing(list(asked))}, keep)
+        own = _stored(store, contests)
+        return own, [1 - value for value in own]
 
     return scores_store(bench, reward).fingerprint, judge
 
@@ -168,7 +184,7 @@ def _score(reward: Reward, asked: Mapping[str, tuple[Prompt, str]], keep: Keep[J
             progress.advance(len(part))
 
 
-def _compare(reward: PairwiseReward, asked: Mapping[str, Pair], keep: Keep[Json]) -> None:
+def _compare(reward: PairwiseReward, asked: Mapping[str, Contest], keep: Keep[Json]) -> None:
     """Have pairs compared, by key; the rows are verdicts on the answer that comes first in the alphabet."""
     keys = list(asked)
     with Progress("scores", len(keys), "pair") as progress:
@@ -190,25 +206,27 @@ def _compare(reward: PairwiseReward, asked: Mapping[str, Pair], keep: Keep[Json]
             progress.advance(len(part))
 
 
-def _pairs(prompts: Sequence[Prompt], first: Answers, second: Answers) -> list[tuple[str | None, Prompt, str, str]]:
-    """(key, prompt, both answers) for every prompt."""
-    texts = [(prompt, first[prompt.prompt_id].text, second[prompt.prompt_id].text) for prompt in prompts]
-    return [(pair_key(prompt, one, other), prompt, one, other) for prompt, one, other in texts]
+def _contests(prompts: Sequence[Prompt], first: Answers, second: Answers) -> list[Contest]:
+    return [(prompt, first[prompt.prompt_id].text, second[prompt.prompt_id].text) for prompt in prompts]
 
 
-def _both(store: Store[Json], pairs: Sequence[tuple[str | None, Prompt, str, str]]) -> list[list[float]]:
-    """Both models' rewards by the verdicts in the store."""
-    rows = iter(store.get([key for key, *_ in pairs if key is not None]))
-    own, other = [], []
-    for key, _, one, two in pairs:
-        value = 0.5
-        if key is not None:
-            row = next(rows)
-            value = _verdict(row).value if isinstance(row, list) else float(cast("float", row))
-            value = value if one < two else 1 - value
-        own.append(value)
-        other.append(1 - value)
-    return [own, other]
+def _asked(contests: Sequence[Contest]) -> dict[str, Contest]:
+    """The contests that need asking, each once by its key, its answers in the order of the alphabet."""
+    found = {}
+    for prompt, first, second in contests:
+        if (key := pair_key(prompt, first, second)) is not None:
+            found[key] = (prompt, min(first, second), max(first, second))
+    return found
+
+
+def _stored(store: Store[Json], contests: Sequence[Contest]) -> list[float]:
+    """How far the first answer of each is better, by the verdicts in the store."""
+    keys = [pair_key(*contest) for contest in contests]
+    rows = iter(store.get([key for key in keys if key is not None]))
+    return [
+        0.5 if key is None else verdict_on(next(rows), first, second)
+        for key, (_, first, second) in zip(keys, contests, strict=True)
+    ]
 
 
 def _verdict(row: Json) -> Verdict:
