@@ -222,7 +222,7 @@ def _main() -> int:
     except InterpolationResolutionError as error:
         return complain(str(error).splitlines()[0])
     except HydraException as error:
-        return complain(explain_composition(error, overrides, config.known_keys()))
+        return complain(explain_composition(error, overrides, config.known_keys(overrides)))
     except Resumable as stop:
         print(f"interrupted: {stop} continues", file=sys.stderr)
         return EXIT_INTERRUPTED

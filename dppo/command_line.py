@@ -63,7 +63,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def explain_composition(error: Exception, overrides: Sequence[str], known: Iterable[str]) -> str:
-    """One line for an exception of Hydra's while composing; ``known`` are the keys that exist by default."""
+    """One line for an exception of Hydra's while composing; ``known`` are the keys that exist."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'\.?(.*)", text, re.DOTALL):
         return _unknown_key(match[1], match[2], overrides, list(known))

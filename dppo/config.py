@@ -355,14 +355,19 @@ def from_words(words: Sequence[str]) -> Experiment:
     except InterpolationResolutionError as error:
         raise UserError(str(error).splitlines()[0]) from None
     except HydraException as error:
-        raise UserError(explain_composition(error, words, known_keys())) from None
+        raise UserError(explain_composition(error, words, known_keys(words))) from None
 
 
-def known_keys() -> list[str]:
-    """The keys of the configuration that no word changes."""
+def known_keys(words: Sequence[str]) -> list[str]:
+    """The keys that there are with the options that the words choose, or by default if those don't compose."""
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    base = cast("dict[str, Any]", OmegaConf.to_container(compose(), resolve=False))
+    try:
+        composed = compose([word for word in words if "." not in key_of(word).partition("@")[0]])
+    except HydraException:
+        composed = compose()
+    base = cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False))
     return dotted.names({str(key): value for key, value in base.items()})
 
 

@@ -49,7 +49,8 @@ def small(*overrides: str) -> list[str]:
     chosen = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
     if chosen.get("model", "tiny") != "tiny":
         words = [word for word in words if not word.startswith("model.")]
-    if chosen.get("dataset") == "on_policy" and "dataset@dataset.source" not in chosen:
+    on_policy = chosen.get("dataset") == "on_policy" or chosen.get("+experiment") == "iterated_dpo"
+    if on_policy and "dataset@dataset.source" not in chosen:
         words = [re.sub(r"^dataset\.", "dataset.source.", word) for word in words]
     elif chosen.get("dataset", "instructions") not in ("instructions", "arithmetic"):
         words = [word for word in words if not word.startswith("dataset.")]

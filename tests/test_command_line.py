@@ -44,6 +44,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("near-miss", ["alhpa=0.1"], ["alhpa=0.1", "Did you mean alpha?"]),
     ("near-miss inside a group", ["train.learning_rat=1"], ["train.learning_rat=1", "train.learning_rate"]),
     ("key of another group", ["batch_size=4"], ["batch_size=4", "Did you mean sft.train.batch_size?"]),
+    ("key of another option", ["dataset=on_policy", "dataset.n_pairs=4"], ["Did you mean dataset.source.n_pairs?"]),
     ("unknown key", ["wibble=1"], ["wibble=1", "unknown key"]),
     ("appended key", ["+wibble=1"], ["wibble=1", "unknown key"]),
     ("forced key", ["++train.stray=1"], ["train.stray=1", "unknown key", "learning_rate"]),
@@ -90,7 +91,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     (
         "too long rows",
         ["dataset=pairs_file", "dataset.path=pairs.jsonl", "reward=length", "sft.train.max_length=3"],
-        ["sft.train.max_length=3", "24"],
+        ["sft.train.max_length=3", "20 examples"],
     ),
     ("a reward that can't score", ["dataset=pairs_file", "dataset.path=pairs.jsonl"], ["reward=verifiable"]),
     (

@@ -40,6 +40,8 @@ def reduced(words: list[str]) -> list[str]:
         words = [*words, "seed=0"]
     if "+experiment=unll_then_dpo" in words:
         extra = ["phases.unll.train.steps=2", "phases.dpo.train.steps=2"]
+    if "+experiment=iterated_dpo" in words:
+        extra = ["phases.main.train.steps=2"]
     if any(word in ("+sweep=alpha", "+sweep=alpha_zeta") for word in words):
         extra = [f"hydra.sweeper.test_seeds={0 if 'hydra.sweeper.n_jobs=2' in words else 1}"]
     return [*small(*(word for word in words if word != "-m"), *extra), *flags]
