@@ -31,7 +31,7 @@ from dppo.evaluation.judged import (
     scored_answers,
 )
 from dppo.evaluation.measured import measure_pairs, measure_scores
-from dppo.evaluation.runs import is_run, read_runs, sample_rows
+from dppo.evaluation.runs import complete_run, is_run, sample_rows
 from dppo.terminal import harmless, print_anything
 
 _N_BOOTSTRAP, _SEED = 10_000, 0  # of files; a run has its own
@@ -143,13 +143,7 @@ def _run(arguments: Namespace) -> tuple[str, dict[str, Any]]:
     path: Path = arguments.run
     if not path.is_dir() or not is_run(path):
         raise UserError(f"{path}: is not the directory of a run; files go with --preferences or --scores")
-    runs, broken = read_runs([path])
-    for one in broken:
-        if one.path == path:
-            raise UserError(f"{path}: can't be read ({one.why}); run it again")
-    run = next(run for run in runs if run.path == path)
-    if run.status != "complete":
-        raise UserError(f"{path}: has no answers to evaluate, it is {run.ending}; give a complete run")
+    run = complete_run(path, "answers to evaluate")
     rows = sample_rows(run).values()
     scored = ScoredAnswers(
         tuple(own for own, _ in run.rewards.values()),

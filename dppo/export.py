@@ -17,7 +17,7 @@ from dppo.artifacts.files import remove, sync_tree, write_atomic
 from dppo.command_line import Parser, command
 from dppo.errors import UserError
 from dppo.evaluation.questions import LAYOUTS, Question, answer_file, prompt_of, read_questions
-from dppo.evaluation.runs import Run, is_run, read_runs, sample_rows
+from dppo.evaluation.runs import Run, complete_run, sample_rows
 from dppo.model_card import Who, model_card
 from dppo.terminal import harmless, print_anything
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     kind, place = _check(arguments)
     print_anything()
-    run = _read(arguments.run)
+    run = complete_run(arguments.run, "model to export")
     who: Who = "reference" if arguments.reference else "policy"
     if kind == "model":
         _export_model(run, who, place, arguments)
@@ -88,19 +88,6 @@ def _check(arguments: Namespace) -> tuple[str, Path]:
     if not place.absolute().parent.is_dir():
         raise UserError(f"{_FLAGS[kind]} {place}: its folder does not exist; make it first")
     return kind, place
-
-
-def _read(path: Path) -> Run:
-    if not path.is_dir() or not is_run(path):
-        raise UserError(f"{path}: is not the directory of a run")
-    runs, broken = read_runs([path])
-    for one in broken:
-        if one.path == path:
-            raise UserError(f"{path}: can't be read ({one.why}); run it again")
-    run = next(run for run in runs if run.path == path)
-    if run.status != "complete":
-        raise UserError(f"{path}: has no model to export, it is {run.ending}; give a complete run")
-    return run
 
 
 def _origin(run: Run) -> str:

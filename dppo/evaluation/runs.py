@@ -124,6 +124,20 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     return found
 
 
+def complete_run(path: Path, lacks: str) -> Run:
+    """The complete run of a directory. Raises UserError: one that did not end well has no ``lacks``, in words."""
+    if not path.is_dir() or not is_run(path):
+        raise UserError(f"{path}: is not the directory of a run")
+    runs, broken = read_runs([path])
+    for one in broken:
+        if one.path == path:
+            raise UserError(f"{path}: can't be read ({one.why}); run it again")
+    run = next(run for run in runs if run.path == path)
+    if run.status != "complete":
+        raise UserError(f"{path}: has no {lacks}, it is {run.ending}; give a complete run")
+    return run
+
+
 def rewards_in(directory: Path) -> dict[str, tuple[float, float]]:
     """(policy, reference) rewards by prompt_id. Raises UserError if they can't be read."""
     try:
