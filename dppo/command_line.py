@@ -84,7 +84,7 @@ def explain_composition(error: Exception, overrides: Sequence[str], known: Itera
 
 
 def _unknown_key(key: str, rest: str, overrides: Sequence[str], known: Sequence[str]) -> str:
-    typed = next((override for override in overrides if override.lstrip("+~").startswith(key)), key)
+    typed = next((override for override in overrides if re.split(r"[=@]", override.lstrip("+~"))[0] == key), key)
     if "defaults list" in rest or "Did you mean to override" in rest:
         group = re.split(r"[/@]", key)[0]
         return (

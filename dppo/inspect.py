@@ -17,6 +17,7 @@ from dppo import config, startup
 from dppo.command_line import EXIT_FAILED, Parser, aligned, command
 from dppo.data import CountedDataset, Dataset, LabelledDataset, RankedDataset
 from dppo.data.encoding import ChatEncoder, EncodedSet, percentile
+from dppo.data.on_policy import OnPolicy
 from dppo.data.subsets import nested_subset
 from dppo.errors import UserError
 from dppo.rewards import PairwiseReward, Reward
@@ -88,6 +89,8 @@ def _inspect(argv: Sequence[str] | None) -> int:
             which = f"example {place} of {min(n, len(encoded.examples))}"
             lines += [[], *_notes([f"  {which}: {example.example_id}, prompt {example.prompt_id}"])]
             lines += _example_lines(encoder, stage, example, None if full else _HEAD + _TAIL)
+    if isinstance(dataset, OnPolicy):
+        lines += _to_be_answered(experiment, encoder, n, full=full)
     lines += [[], *_notes(table)]
     for line in lines:
         print("".join(_coloured(kind, text) if colours else text for kind, text in line))
@@ -126,6 +129,8 @@ def _stages(experiment: Experiment) -> list[_Stage]:
     found = []
     if (train := experiment.sft.train) is not None and experiment.init_from is None:
         found.append(_Stage("sft", "sft.train.max_length", "chats", train, experiment.sft.seed, (), {}))
+    if isinstance(experiment.dataset, OnPolicy):
+        return found  # what its phases train on is made by the run
     for name, phase in experiment.phases.items():
         loss, adds = phase.loss, dict[Role, str]()
         if "generated" in loss.uses_roles:
@@ -194,6 +199,9 @@ def _splits(dataset: Dataset, rows_of: _Rows, stages: Sequence[_Stage]) -> tuple
                 trained[f"{shape} {split}"] = prompts
             else:
                 evaluated[split] |= prompts
+    if isinstance(dataset, OnPolicy):
+        trained["answered train"] = {prompt.prompt_id for prompt in dataset.prompts("train")}
+        rows.append(("answered", "train", "", f"{len(trained['answered train']):,}"))
     for split, prompts in evaluated.items():
         asked = {prompt.prompt_id for prompt in dataset.prompts(split)}
         rows.append(("answered", split, "", f"{len(asked):,}"))
@@ -208,6 +216,30 @@ def _splits(dataset: Dataset, rows_of: _Rows, stages: Sequence[_Stage]) -> tuple
     if not total:
         lines.append("prompts in more than one split: 0")
     return lines, total
+
+
+def _to_be_answered(experiment: Experiment, encoder: ChatEncoder, n: int, *, full: bool) -> Lines:
+    """The prompts of which a run makes its own preferences, since there are no answers before it."""
+    from dppo.pipeline import prompts_to_answer, ranker
+
+    dataset, prompts = experiment.dataset, prompts_to_answer(experiment)
+    assert isinstance(dataset, OnPolicy)
+    answers = f"{dataset.answers.n_answers} answers each by {type(dataset.answers).__name__}"
+    mixed = ", mixed with those of the data set" if dataset.mix_in else ""
+    lines = [
+        f"{', '.join(experiment.phases)}: made by the run, nothing to show: the model answers {len(prompts):,} prompts "
+        f"({answers}{mixed}), and {type(ranker(experiment)).__name__} ranks them",
+        "",
+    ]
+    token_ids = [encoder.prompt_ids(prompt.messages) for prompt in prompts]
+    lengths = [len(ids) for ids in token_ids]
+    numbers = [len(lengths), min(lengths), *(percentile(lengths, word) for word in _QUANTILES), max(lengths)]
+    lines += aligned([("  tokens", "n", "min", *_QUANTILES, "max"), ("  prompt", *(f"{one:,}" for one in numbers))])
+    found: Lines = [[], *_notes(lines)]
+    for place, (prompt, ids) in enumerate(zip(prompts[:n], token_ids, strict=False), start=1):
+        found += [[], *_notes([f"  prompt {place} of {min(n, len(prompts))}: {prompt.prompt_id}"])]
+        found += _gutter("prompt", _pieces(encoder, "prompt", (), ids, None if full else _HEAD + _TAIL))
+    return found
 
 
 # --- as text ----------------------------------------------------------------------------------------------------------

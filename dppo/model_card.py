@@ -113,9 +113,27 @@ def _results(run: Run, who: Who) -> str:
         f"Greedy answers to {rate['n']:,} {found['split']} prompts ({rate['wins']:,} won, {rate['ties']:,} tied), "
         f"scored by `{reward}`; {_PRECISION}. It is no human judgement."
     )
+    lead += _of_the_reward(found)
     if who == "reference":
         lead = f"This model is the column on the right. {lead}"
     return f"{lead}\n\n{_table(rows)}"
+
+
+def _of_the_reward(found: Mapping[str, Any]) -> str:
+    """What the run knows of the reward that scored its answers."""
+    told = ""
+    if (judge := found.get("judge")) and judge["position_consistency"] is not None:
+        told += (
+            f" The judge gave the same verdict in both orders on {judge['position_consistency']:.1%} of "
+            f"{judge['n_read']:,} pairs; {judge['unparsable_share']:.1%} of its replies could not be read."
+        )
+    for split, measured in (found.get("reward_model") or {"splits": {}})["splits"].items():
+        told += (
+            f" The reward model, trained by the same run, ranks {_interval(measured['reward_model'])} of "
+            f"{measured['n_pairs']:,} {split} pairs right (prompts: {measured['n_prompts']:,}; more characters: "
+            f"{_interval(measured['length'])})."
+        )
+    return told
 
 
 def _heading(phase: str, loss: Mapping[str, Any], n: int) -> str:
@@ -153,6 +171,16 @@ def _data(run: Run, who: Who) -> str:
         rows.insert(1, ("demonstrations (SFT)", asked, steps))
     sources = _pairs((key, value) for key, value in leaves(data).items() if key != "_target_" and value is not None)
     told = f"`{_class(data)}`: trained on its training split, evaluated on its {run.result['split']} split."
+    if rounds := run.result.get("on_policy"):
+        source, ranker = _class(data.get("source")), _class(data.get("ranker") or run.settings.get("reward"))
+        told = (
+            f"Preferences are the model's own answers to prompts of `{source}`, ranked by `{ranker}`: "
+            + "; ".join(
+                f"{name.replace('_', ' ')}, {counts['n_examples']:,} of {counts['n_prompts']:,} prompts"
+                for name, counts in rounds.items()
+            )
+            + f". Evaluated on the {run.result['split']} split of `{source}`."
+        )
     return f"{told}\n\n{_table(rows)}\n\n{sources}"
 
 

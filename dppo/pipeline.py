@@ -417,13 +417,13 @@ def curve_identity(experiment: Experiment) -> Json:
 
     A policy from the cache can't be measured on its way any more, so one with a curve is another artifact.
     """
-    settings, reward = experiment.evaluation.interim, experiment.reward
+    settings = experiment.evaluation.interim
     if not settings.kl:
         return None
     return {
         "n_points": settings.n_points,
         "n_prompts": settings.n_prompts,
-        "reward": (reward.settings if isinstance(reward, TrainedReward) else reward).identity(),
+        "reward": experiment.reward.identity(),
         "decoding": experiment.generation.identity(),
     }
 
@@ -493,12 +493,16 @@ def phase_data(
     encoded = encoder.encode(rows, train.max_length, key="train.max_length")
     examples = _seen(_shaped(encoded, phase, seed, bench), phase, seed)
     held_out: tuple[EncodedExample, ...] = ()
+    notes = encoded.notes
     if held_out_rows and (train.evaluate_every is not None or experiment.evaluation.interim.metric == "accuracy"):
-        held_out = encoder.encode(held_out_rows, encoded.max_length).examples
+        try:
+            held_out = encoder.encode(held_out_rows, encoded.max_length, key="train.max_length").examples
+        except UserError as error:  # the limit may be that of much shorter answers of the model's own
+            notes = (*notes, f"no evaluation on held-out examples: {error}")
     wanted = {example.prompt_id for example in (*examples, *held_out)}
     asked = {pair.prompt.prompt_id: pair.prompt for pair in (*rows, *held_out_rows)}
     prompts = [prompt for key, prompt in asked.items() if key in wanted]
-    return PhaseData(examples, held_out, prompts, encoded.max_length, encoded.notes)
+    return PhaseData(examples, held_out, prompts, encoded.max_length, notes)
 
 
 def drift_data(

@@ -337,8 +337,12 @@ def _add_candidates(
     planner.store("candidates", store, keys, "prompt")
     missing = set(store.missing(keys))
     made = stored_candidates(store, [key for key in keys if key not in missing])
-    n_blanks = max(2, dataset.answers.n_answers)  # one answer alone is mixed with others
-    blanks = {key: [_unknown(store, f"{key}:{number}") for number in range(n_blanks)] for key in keys}
+    mixed = dataset.own_answers("train") if dataset.mix_in else {}
+    blanks = {}
+    for key in keys:
+        n_others = len(mixed.get(key, ()))
+        n_blanks = max(2 - n_others, dataset.answers.n_answers)  # one answer alone is mixed with others
+        blanks[key] = [_unknown(store, f"{key}:{number}") for number in range(n_blanks)] + list(mixed.get(key, ()))
     texts = {**blanks, **on_policy.different(dataset, made)}
 
     reward = pipeline.ranker(experiment)

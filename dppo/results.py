@@ -31,6 +31,7 @@ from dppo.artifacts.files import disk_errors, write_atomic
 from dppo.dotted import leaves
 from dppo.errors import UserError
 from dppo.evaluation.histogram import shared_bins
+from dppo.evaluation.win_rates import wilson
 from dppo.loop import PERCENT, SETUP, Metrics
 from dppo.types import Artifact, Generation, Json, Prompt
 
@@ -379,7 +380,10 @@ def summary(result: Mapping[str, Any], directory: Path) -> list[str]:
         ]
         if (judge := result.get("judge")) and judge["n_pairs"]:
             agree, unread = judge["position_consistency"], f"{judge['unparsable_share']:.1%} of replies unparsable"
-            orders = f"orders agree on {agree:.1%} of {judge['n_pairs']} pairs, " if agree is not None else ""
+            orders = ""
+            if agree is not None:
+                low, high = wilson(agree * judge["n_read"], judge["n_read"])
+                orders = f"orders agree on {agree:.1%} [{low:.1%}, {high:.1%}] of {judge['n_read']} pairs, "
             rows.append(("judge", f"{orders}{unread}"))
         if (held_out := result["held_out"])["n_pairs"]:
             accuracies = f"{held_out['accuracy']:.3f} (to SFT {held_out['accuracy_to_reference']:.3f})"

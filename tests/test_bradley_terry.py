@@ -24,6 +24,7 @@ from dppo import config, pipeline, plan
 from dppo.batches import collate
 from dppo.config import Experiment
 from dppo.data.encoding import ChatEncoder
+from dppo.data.ids import prompt_id
 from dppo.errors import UserError
 from dppo.evaluation.comparison import configurations, standings
 from dppo.evaluation.runs import find_runs
@@ -321,6 +322,24 @@ def test_the_policy_trains_on_none_of_its_prompts_and_it_on_none_of_an_evaluatio
         ChatEncoder(found.model.load_tokenizer()),
     )
     assert {example.prompt_id for example in (*seen.examples, *seen.held_out)}.isdisjoint(own)
+    # The same question in another spelling, or behind a system turn, is on the same side.
+    system = Message("system", "Be brief.")
+    for number in range(40):
+        asked = [(Message("user", f"Question {number}?"),), (system, Message("user", f"question  {number}?"))]
+        first, second = (found.reward.is_own(Prompt(prompt_id(one), one)) for one in asked)
+        assert first == second
+
+
+def test_a_curve_of_another_reward_model_is_another_curve(warm: tuple[Path, list[str], Finished]) -> None:
+    found = experiment_of(warm[0], "loss=dpo", "evaluation.interim.kl=true", "evaluation.interim.n_points=1", *warm[1])
+    assert isinstance(found.reward, BradleyTerry)
+    encoder = ChatEncoder(found.model.load_tokenizer())
+    curves = []
+    for fingerprint in ("a", "a", "b"):
+        made = Artifact("reward_model", fingerprint, "", (), reused=True)
+        trained = dataclasses.replace(found, reward=TrainedReward(found.reward, made, encoder))
+        curves.append(pipeline.curve_identity(trained))
+    assert curves[0] == curves[1] != curves[2]
 
 
 @pytest.mark.parametrize(
@@ -450,7 +469,7 @@ def test_a_reward_model_that_does_not_beat_length_says_so(tmp_path: Path, caplog
     assert measured["length"]["ci_high"] == 1.0
     assert measured["length"]["ci_low"] < 1.0, "Wilson's, where the bootstrap has no width"
     warnings = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
-    of = f"{measured['n_pairs']} test pairs"
+    of = f"{measured['n_pairs']} test pairs of {measured['n_prompts']} prompts"
     assert any(f"does not beat length on held-out pairs ({of}" in line for line in warnings)
     assert any(
         one.getMessage().startswith("  reward model ranks ") and of in one.getMessage() for one in caplog.records

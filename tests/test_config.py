@@ -150,6 +150,8 @@ def test_every_leaf_of_every_option_is_an_attribute_that_the_code_reads() -> Non
             continue  # sets leaves of other groups, which the door knows, or arguments of Optuna's
         values = OmegaConf.to_container(OmegaConf.load(CONF_DIR / group / f"{option}.yaml"), resolve=False)
         for leaf in _leaves(values):
+            if "parameters" in leaf and "parameters" in read:
+                continue  # handed to a server as they are
             if leaf and leaf[0] not in SETTINGS and leaf[-1] not in SETTINGS and leaf[-1] not in read:
                 unread.add((group, option, ".".join(leaf)))
     assert unread == set()

@@ -156,6 +156,13 @@ def test_what_a_reward_model_keeps_to_itself_is_not_shown(capsys: Captured) -> N
     assert found and int(found[1]) == int(found[2]) == len(left) < len(experiment.dataset.pairs("train"))
 
 
+def test_of_preferences_that_the_run_makes_the_prompts_are_shown(capsys: Captured) -> None:
+    output = shown(capsys, *small("loss=dpo", "dataset=on_policy", "dataset.answers.n_answers=4"), "n=1")
+    assert "main: made by the run, nothing to show: the model answers 32 prompts (4 answers each by Sampled)" in output
+    assert "prompt 1 of 1: " in output and "rejected" not in output and "answered  train" in output
+    assert "prompts in more than one split: 0" in output
+
+
 def test_drops_are_said_by_their_reason(tmp_path: Path, capsys: Captured) -> None:
     train = [pair_row("q" * n) for n in range(1, 41)]
     words = feedback(

@@ -357,6 +357,9 @@ def test_a_pairwise_ranker_ranks_by_its_verdicts(root: Path, first: Finished) ->
     assert [step.title for step in before.steps] == found.stages
     assert found.stages[:4] == ["sft", "candidates", "scores", "reference"]
     assert set(todo(before)) - {"scores"} == set(found.built) - {"scores"}
+    mixed = planned(root, *words, "dataset.mix_in=true", "dataset.answers.n_answers=3")
+    asked = next(step.work for step in mixed.steps if step.title == "scores")
+    assert asked == 32 * 10, "the source's two answers take part before there are any others"
     rows = made_again(
         root, experiment_of(root, *words[len(BASE) :]), artifact(root, found.result["models"]["reference"])
     )

@@ -42,11 +42,13 @@ def placed_rows(files: Sequence[Path], needed: Sequence[str], optional: Sequence
         packed = file.suffix == ".gz"
         ending = file.with_suffix("").suffix if packed else file.suffix
         read = {".parquet": _parquet, ".jsonl": _json_lines, ".csv": _csv, ".json": _json_list}.get(ending)
+        if file.is_dir():
+            raise UserError(f"{file}: is a folder; give a file ({', '.join(FORMATS)})")
+        if not file.is_file():
+            raise UserError(f"{file}: there is no such file")
         if read is None or (packed and ending == ".parquet"):
             found = "".join(file.suffixes[-2:]) if packed else file.suffix
             raise UserError(f"{file}: unknown format {found or '(no ending)'}; use {', '.join(FORMATS)}")
-        if not file.is_file():
-            raise UserError(f"{file}: there is no such file")
         if file.stat().st_size == 0:
             raise UserError(f"{file}: is empty")
         count = 0

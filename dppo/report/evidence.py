@@ -199,7 +199,11 @@ def gather(
     if baseline is not None and not any(_is_called(group.baseline.label, baseline) for group in groups):
         labels = "; ".join(entry.label for group in groups for entry in group.entries)
         raise UserError(f"--baseline {baseline}: is none of: {labels}")
-    groups.sort(key=lambda group: (group.split != "test", -len(group.entries)))
+
+    def size(group: Group) -> tuple[int, int]:
+        return len(group.entries), sum(len(entry.configuration.runs) for entry in group.entries)
+
+    groups.sort(key=lambda group: (group.split != "test", *(-number for number in size(group))))
     # Results are what a report is about, but not one lonely run beside a whole grid.
     groups.sort(key=lambda group: len(group.entries) < 2)
     return Evidence(tuple(groups), tuple(left), _studies(run.path for run in runs), root)

@@ -150,8 +150,10 @@ def _reward_model(group: Group) -> list[Table]:
         for name in ("reward_model", "length", "sentiment"):
             if (own := measured[name]) is not None:
                 ahead = _between(own["difference"]) if "difference" in own else None
-                rows.append((name, split, measured["n_pairs"], _between(own), own["ties"], ahead))
-    columns = ("ranked by", "pairs of", "pairs", "ranked right", "ties", "reward model ahead by")
+                rows.append(
+                    (name, split, measured["n_pairs"], measured["n_prompts"], _between(own), own["ties"], ahead)
+                )
+    columns = ("ranked by", "pairs of", "pairs", "prompts", "ranked right", "ties", "reward model ahead by")
     return [
         Table(
             "reward_model",

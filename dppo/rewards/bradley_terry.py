@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dppo.config import TrainSettings, require
 from dppo.data.draws import share
+from dppo.data.ids import prompt_key
 from dppo.errors import UserError
 from dppo.types import Artifact, Json, PreferenceExample, Prompt
 
@@ -76,7 +77,7 @@ class BradleyTerry:
 
     def rows_identity(self) -> Json:
         """Which of the training prompts are its own; null: all are, and the policy's as well."""
-        return None if self.held_back is None else {"held_back": self.held_back, "seed": self.held_back_seed}
+        return None if self.held_back is None else {"held_back": self.held_back, "seed": self.held_back_seed, "by": 2}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Any prompt will do."""
@@ -109,7 +110,8 @@ class BradleyTerry:
 
     def _is_held_back(self, prompt: Prompt) -> bool:
         assert self.held_back is not None
-        return share("reward model", self.held_back_seed, prompt.prompt_id) < self.held_back
+        # Prompts that a reader takes for the same are on the same side, whatever their spelling and system turn.
+        return share("reward model", self.held_back_seed, prompt_key(prompt.messages)) < self.held_back
 
 
 @dataclass(frozen=True)

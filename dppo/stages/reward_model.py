@@ -253,7 +253,7 @@ def _bounds(found: Interval) -> dict[str, Json]:
 
 def _told(split: str, measured: Mapping[str, Any]) -> list[tuple[str, bool]]:
     """Lines for the user, and whether each is a warning."""
-    of = f"{measured['n_pairs']:,} {split} pairs"
+    of = f"{measured['n_pairs']:,} {split} pairs of {measured['n_prompts']:,} prompts"
     lines = [(f"  reward model ranks {_shown(measured['reward_model'])} of {of} right", False)]
     for name in _CONTROLS:
         control = measured[name]

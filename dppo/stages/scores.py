@@ -101,9 +101,9 @@ def judging(
     """How a judge came to what ``scores`` has given for the same models; empty for other rewards.
 
     ``judge``: ``n_pairs`` that it was asked about and ``n_equal`` that needed no asking; ``position_consistency``, the
-    share of pairs on which both orders agree, among those of which both could be read; ``first_place_share`` of
-    verdicts for the answer shown first among those that are no tie; ``unparsable_share`` of all replies. None where
-    there is nothing to take a share of.
+    share of pairs on which both orders agree, among the ``n_read`` of which both could be read; ``first_place_share``
+    of verdicts for the answer shown first among the ``n_decided`` that are no tie; ``unparsable_share`` of all replies.
+    None where there is nothing to take a share of.
     """
     if not isinstance(reward, JudgingReward):
         return {}
@@ -117,6 +117,8 @@ def judging(
         "judge": {
             "n_pairs": len(keys),
             "n_equal": sum(first == second for _, first, second in contests),
+            "n_read": len(read),
+            "n_decided": len(decided),
             "position_consistency": _share(sum(first == second for first, second in read), len(read)),
             "first_place_share": _share(sum(value == 1 for value in decided), len(decided)),
             "unparsable_share": _share(unread, 2 * len(keys)),
