@@ -192,8 +192,33 @@ class InterimSettings:
 
 
 @dataclass(frozen=True)
+class SamplingSettings:
+    """How the answers that are compared are sampled, one a prompt, in the meaning of ``generation.Sampled``."""
+
+    temperature: float
+    top_p: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "temperature", self.temperature, "must be > 0; greedy answers: sampling=null")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must be > 0 and <= 1 (1: all tokens)")
+        require(self.seed >= 0, "seed", self.seed, "must be >= 0")
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether answers are drawn from the model's own distribution: only then does a log-ratio estimate KL."""
+        return self.temperature == 1 and self.top_p == 1
+
+    def __str__(self) -> str:
+        return f"sampled (temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed})"
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
-    """How the final policy is compared with the SFT model on ``split``'s prompts."""
+    """How the final policy is compared with the SFT model on ``split``'s prompts.
+
+    ``sampling`` null decodes the answers of both models greedily, those of interim measurements too.
+    """
 
     split: Literal["validation", "test"]
     n_prompts: int | None
@@ -201,6 +226,7 @@ class EvaluationSettings:
     n_kl_prompts: int | None
     n_bootstrap: int
     bootstrap_seed: int
+    sampling: SamplingSettings | None
     interim: InterimSettings
 
     def __post_init__(self) -> None:
@@ -208,6 +234,11 @@ class EvaluationSettings:
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "must be at least 1, or null for all")
         require(self.n_bootstrap >= 100, "n_bootstrap", self.n_bootstrap, "must be at least 100")
+
+    @property
+    def decoding(self) -> str:
+        """How answers are decoded, in words."""
+        return "greedy" if self.sampling is None else str(self.sampling)
 
 
 @dataclass(frozen=True)

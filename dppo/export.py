@@ -9,12 +9,13 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from dppo import config
 from dppo.artifacts import Damaged
 from dppo.artifacts.files import remove, sync_tree, write_atomic
 from dppo.command_line import Parser, command
+from dppo.config import SamplingSettings
 from dppo.errors import UserError
 from dppo.evaluation.questions import LAYOUTS, Question, answer_file, prompt_of, read_questions
 from dppo.evaluation.runs import Run, complete_run, sample_rows
@@ -151,10 +152,11 @@ def _write_generation_settings(folder: Path, encoder: ChatEncoder, settings: Gre
 
 
 def _export_answers(run: Run, who: Who, kind: str, place: Path, arguments: Namespace) -> None:
+    from dppo.generation import decoding_of
     from dppo.stages.generate import generate
 
     layout, questions = read_questions(arguments.questions, kind)
-    settings = config.recorded(run.settings, "generation")
+    settings = decoding_of(config.recorded(run.settings, "generation"), _sampling(run))
     if arguments.max_new_tokens is not None:
         settings = dataclasses.replace(settings, max_new_tokens=arguments.max_new_tokens)
     bench, model, made, encoder = _model(run, who, arguments)
@@ -170,6 +172,14 @@ def _export_answers(run: Run, who: Who, kind: str, place: Path, arguments: Names
         for at, prompt in asked.items():
             answers[at].append(found[prompt.prompt_id].text)
     _write(place, answer_file(layout, questions, answers, arguments.name or place.stem, made))
+
+
+def _sampling(run: Run) -> SamplingSettings | None:
+    """How the run's answers were sampled; None: they are greedy."""
+    values = (run.settings.get("evaluation") or {}).get("sampling")
+    if values is None:
+        return None
+    return cast("SamplingSettings", config.typed(SamplingSettings, values, "evaluation.sampling"))
 
 
 def _write(place: Path, text: str) -> None:

@@ -109,8 +109,9 @@ def _results(run: Run, who: Who) -> str:
     kl = found["kl"]
     told = f"{kl['nats_per_token']:.4f} nats a token, {kl['nats_per_answer']:.3f} an answer (n = {kl['n_answers']})"
     rows.append(("KL to the SFT model, on own answers", told, "0"))
+    answers = "Greedy answers" if run.decoding == "greedy" else f"Answers, {run.decoding},"
     lead = (
-        f"Greedy answers to {rate['n']:,} {found['split']} prompts ({rate['wins']:,} won, {rate['ties']:,} tied), "
+        f"{answers} to {rate['n']:,} {found['split']} prompts ({rate['wins']:,} won, {rate['ties']:,} tied), "
         f"scored by `{reward}`; {_PRECISION}. It is no human judgement."
     )
     lead += _of_the_reward(found)

@@ -30,6 +30,7 @@ from dppo.data.shapes import one_row_per_prompt, with_answers_of_the_row_before,
 from dppo.data.subsets import nested_subset
 from dppo.errors import Pruned, UserError
 from dppo.evaluation.edits import after_edit
+from dppo.generation import OneAnswer, decoding_of
 from dppo.loop import PERCENT, Interim, Interrupted, Metrics, ReferenceLogps, n_steps
 from dppo.losses.penalised import PenalisedLoss
 from dppo.losses.penalties import Expectile
@@ -283,7 +284,7 @@ def _stages(
         offset += int(trained.outcome["steps"])
         policy = trained.policy
 
-    settings = experiment.generation
+    settings = answers_decoding(experiment)
     own_store, own = generate(bench, "answers", policy, prompts, settings, encoder)
     other_store, other = generate(bench, "baseline", reference, prompts, settings, encoder)
     scored, (own_rewards, other_rewards) = scores(bench, experiment.reward, prompts, [own, other])
@@ -296,6 +297,7 @@ def _stages(
         encoder.answers(kl_prompts, own),
         pairs,
         train,
+        own_distribution=own_distribution(experiment),
     )
     _, compared = compare(
         bench,
@@ -317,7 +319,26 @@ def _stages(
         record.rows("pairs.jsonl", pair_rows)
         mirror.tracker.table("samples", Table(tuple(samples[0]), tuple(tuple(one.values()) for one in samples)))
         mirror.tracker.histograms(*results.reward_histograms(own_rewards, other_rewards))
-    return results.complete(compared, moved, bench, split=evaluation.split, policy=policy, reference=reference)
+    return results.complete(
+        compared,
+        moved,
+        bench,
+        split=evaluation.split,
+        decoding=evaluation.decoding,
+        policy=policy,
+        reference=reference,
+    )
+
+
+def answers_decoding(experiment: Experiment) -> OneAnswer:
+    """How both models give the answers that are compared, at the end and on the way; y_gen is always greedy."""
+    return decoding_of(experiment.generation, experiment.evaluation.sampling)
+
+
+def own_distribution(experiment: Experiment) -> bool:
+    """Whether those answers are drawn from the models as they are."""
+    sampling = experiment.evaluation.sampling
+    return sampling is not None and sampling.unchanged
 
 
 def _phase(
@@ -390,13 +411,14 @@ def _interim(
     measure = None
     measured: list[Json] = [example.example_id for example in held_out]
     if prompts:
-        answered, answers = generate(bench, "baseline", base, prompts, experiment.generation, encoder)
+        decoding = answers_decoding(experiment)
+        answered, answers = generate(bench, "baseline", base, prompts, decoding, encoder)
         scored, rewards = interim_rewards(bench, experiment.reward, prompts, answers)
         if settings.metric == "win_rate":
             measured = [answered.fingerprint, scored, *(prompt.prompt_id for prompt in prompts)]
         train = list(experiment.phases.values())[-1].train
         kl = settings.measures_kl
-        measure = interim_win_rate(bench, base, prompts, rewards, experiment.generation, encoder, train, kl=kl)
+        measure = interim_win_rate(bench, base, prompts, rewards, decoding, encoder, train, kl=kl)
 
     def within_limits(row: Metrics) -> str | None:
         kl = row.get("interim/kl_nats_per_token")
@@ -424,7 +446,7 @@ def curve_identity(experiment: Experiment) -> Json:
         "n_points": settings.n_points,
         "n_prompts": settings.n_prompts,
         "reward": experiment.reward.identity(),
-        "decoding": experiment.generation.identity(),
+        "decoding": answers_decoding(experiment).identity(),
     }
 
 

@@ -266,8 +266,9 @@ def _add_stages(
             return
         policy = slot.fingerprint
 
-    own = answers_store(bench, policy, experiment.generation, encoder)
-    other = answers_store(bench, reference, experiment.generation, encoder)
+    decoding = pipeline.answers_decoding(experiment)
+    own = answers_store(bench, policy, decoding, encoder)
+    other = answers_store(bench, reference, decoding, encoder)
     scored = _add_rewards(planner, {"answers": own, "baseline": other}, prompts)
     train, kl_prompts, pairs = pipeline.drift_data(experiment, prompts, encoder)
     there = _there(own, [prompt.prompt_id for prompt in kl_prompts])
@@ -275,7 +276,8 @@ def _add_stages(
         ids = [prompt.prompt_id for prompt in kl_prompts]
     else:
         ids = [example.example_id for example in encoder.answers(kl_prompts, there)]
-    slot = drift_slot(bench, policy, reference, ids, pairs, train)
+    sampled = pipeline.own_distribution(experiment)
+    slot = drift_slot(bench, policy, reference, ids, pairs, train, own_distribution=sampled)
     planner.artifact("drift", slot, n_responses(len(ids), pairs), "response", guessed=guessed)
     parents = [own.fingerprint, other.fingerprint, scored.fingerprint]
     planner.artifact("compare", compare_slot(bench, prompts, parents, experiment.evaluation), len(prompts), "prompt")
@@ -394,7 +396,8 @@ def _add_phase(
         curve = pipeline.curve_identity(experiment)
         _, prompts = pipeline.interim_data(experiment, steps, data.held_out)
         if prompts:
-            _add_rewards(planner, {"baseline": answers_store(bench, base, experiment.generation, encoder)}, prompts)
+            baseline = answers_store(bench, base, pipeline.answers_decoding(experiment), encoder)
+            _add_rewards(planner, {"baseline": baseline}, prompts)
     data_identity = pipeline.training_data(experiment)
     slot = preference_slot(bench, phase, start, parents, data=data_identity, seed=experiment.seed, curve=curve)
     planner.artifact("preference", slot, steps, "step")

@@ -116,17 +116,20 @@ def complete(
     bench: Workbench,
     *,
     split: str,
+    decoding: str,
     policy: Artifact,
     reference: Artifact,
 ) -> dict[str, Any]:
     """The content of ``result.json`` for a run that reached its end.
 
     ``status``; ``models`` {policy, reference}, each "stage/fingerprint" in the cache; ``split`` and ``n_prompts``;
+    ``decoding`` of both models' answers, in words;
     ``objective`` (= ``win_rate.value``); ``win_rate`` {value (ties = 1/2), ci_low, ci_high, strict (ties lose),
     strict_ci_low, strict_ci_high, n, wins, ties}; ``reward`` {policy, reference, delta, each {value, ci_low, ci_high},
     negative_share}; ``length`` {policy, reference, each {tokens, characters, end_of_turn_rate}}; ``kl``
-    {nats_per_token, nats_per_answer, n_answers, n_tokens}; ``held_out`` likelihoods and accuracies on pairs of the
-    split; ``judge``, where one compared the answers (``stages.scores.judging``);
+    {nats_per_token, nats_per_answer, n_answers, n_tokens}, of answers sampled from the policy as it is also monte_carlo
+    {value, ci_low, ci_high}, the mean log-ratio of an answer in nats; ``held_out`` likelihoods and accuracies on pairs
+    of the split; ``judge``, where one compared the answers (``stages.scores.judging``);
     ``reward_model``, where the run trained one, {model, splits} (``stages.reward_model.reward_accuracy``);
     ``training`` by phase {n_examples, steps}; with dataset=on_policy ``on_policy`` by round
     (``on_policy.Preferences.counts``); ``after_edit`` mean token log-prob of chosen answers behind the
@@ -140,6 +143,7 @@ def complete(
             name: f"{model.stage}/{model.fingerprint}" for name, model in (("policy", policy), ("reference", reference))
         },
         "split": split,
+        "decoding": decoding,
         "objective": compared["win_rate"]["value"],
         **compared,
         **moved,
@@ -391,7 +395,10 @@ def summary(result: Mapping[str, Any], directory: Path) -> list[str]:
         if behind := result["after_edit"]:
             own = _interval(*_bounds(behind["policy"]))
             rows.append(("log p behind edit", f"{own} (SFT {behind['reference']['value']:.3f}), nats a token"))
-        lines.append(f"policy against SFT on {rate['n']} {result['split']} prompts, 95 % intervals")
+        if estimate := kl.get("monte_carlo"):
+            rows.append(("KL by log-ratios", f"{_interval(*_bounds(estimate))}, nats an answer, n = {kl['n_answers']}"))
+        answers = "" if result["decoding"] == "greedy" else f", answers {result['decoding']}"
+        lines.append(f"policy against SFT on {rate['n']} {result['split']} prompts, 95 % intervals{answers}")
         lines += [f"  {name:<22}{value}" for name, value in rows]
     seconds = [f"{item['stage']} {item['seconds']:.1f}" for item in result["timings"]["stages"] if not item["reused"]]
     reused = [item["stage"] for item in result["timings"]["stages"] if item["reused"]]

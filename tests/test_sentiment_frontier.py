@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dppo import config
+from dppo.config import SamplingSettings
 from dppo.data.instructions import Instructions
 from dppo.errors import UserError
 from dppo.rewards.length import Length
@@ -28,6 +29,7 @@ def test_every_run_is_scored_by_what_labelled_its_pairs() -> None:
         assert isinstance(experiment.dataset, Instructions)
         assert experiment.reward == experiment.dataset.labels == Sentiment()
         assert experiment.evaluation.interim.kl and experiment.evaluation.interim.n_points == 4
+        assert experiment.evaluation.sampling == SamplingSettings(temperature=1.0, top_p=1.0, seed=0)
     over_beta = ("loss=dpo,kto,cpo,r_dpo", "beta=0.03,0.1,0.3,1", "train.learning_rate=1e-4")
     for job in jobs(PRESET, *over_beta)[::5]:
         (phase,) = config.load(config.compose(job), job).phases.values()

@@ -35,6 +35,7 @@ _NOT_COMPARED = ("seed", "cache", "device", "tracking", "objectives", "report", 
 # Root values stand once more where they are used: a default that was typed makes no other configuration.
 _ROOTS = ("alpha", "beta", "zeta", "penalty")
 _PRESETS = ("experiment", "sweep")
+_DECODINGS = "the answers of these runs were decoded differently (evaluation.sampling)"
 _INTERIM = "interim"  # of evaluation: what is measured on the way changes no result
 # Beside them: what never changes a number, and root values that are shown where they are used (loss.alpha).
 _NOT_SHOWN = (*_NOT_COMPARED[1:], *_ROOTS, "hydra", "allowed_targets")
@@ -153,7 +154,7 @@ def standings(
     """Win matrix and ratings of these configurations and the SFT model, on the prompts that all runs answered.
 
     ``baseline`` is a part of a label (None: the first configuration). Diverged runs lose every prompt. Raises UserError
-    if there is nothing to rank: no common prompts, different reward functions, or a single configuration.
+    if there is nothing to rank: no common prompts, different reward functions or decodings, or a single configuration.
     """
     base = _baseline(found, baseline)
     runs = [run for one in found for run in one.runs.values()]
@@ -163,6 +164,8 @@ def standings(
     kinds = {json.dumps(run.settings.get("reward"), sort_keys=True) for run in runs}
     if len(kinds) > 1 or len({json.dumps(run.scored_by, sort_keys=True) for run in runs if run.rewards}) > 1:
         raise UserError("ranking: these runs were scored by different rewards (reward=); rank those that share one")
+    if _decoded_differently(runs):
+        raise UserError(f"ranking: {_DECODINGS}; rank those that share one")
     common = sorted(set.intersection(*map(set, answered)))
     if not common:
         raise UserError(
@@ -211,9 +214,12 @@ def compare_runs(
     """One line a configuration, the baseline first, then by value.
 
     ``baseline`` is a part of a label (None: the first configuration). Diverged runs lose every prompt, and count in
-    no other metric. Raises UserError if runs answered different prompts, or no label matches ``baseline``.
+    no other metric. Raises UserError if runs answered different prompts, or decoded their answers differently, or no
+    label matches ``baseline``.
     """
     base = _baseline(found, baseline)
+    if metric not in PAIR_METRICS and _decoded_differently([run for one in found for run in one.runs.values()]):
+        raise UserError(f"metric={metric}: {_DECODINGS}; compare those that share one")
     tables = {one: _table(one, metric) for one in found}
     keys = {tuple(sorted(rows)) for table in tables.values() for rows in table.values() if rows}
     if len(keys) > 1:
@@ -264,6 +270,10 @@ def compare_runs(
             key=lambda line: -line.value.value,
         ),
     ]
+
+
+def _decoded_differently(runs: Sequence[Run]) -> bool:
+    return len({run.decoding for run in runs if run.rewards}) > 1
 
 
 def shown_interval(one: Interval, sign: str = "", digits: int = 3) -> str:

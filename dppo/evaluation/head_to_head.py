@@ -109,6 +109,11 @@ def head_to_head(first: Run, second: Run, *, n_samples: int, n_bootstrap: int, s
         )
     if both and not same_reward:
         notes.append("different rewards (reward=): numbers that depend on them are not paired, and no answer wins")
+    if both and first.decoding != second.decoding:
+        notes.append(
+            f"different decoding (evaluation.sampling): A {first.decoding}, B {second.decoding}; differences may come "
+            "from it"
+        )
     if both and same_reward and common and not same_sft:
         notes.append("different SFT answers: each run's win rate and gain are against its own SFT model")
     texts = [sample_rows(run) if run.rewards else {} for run in (first, second)]

@@ -55,6 +55,11 @@ class Run:
         return [self.settings.get("reward"), ranked["model"] if isinstance(ranked, Mapping) else None]
 
     @property
+    def decoding(self) -> str:
+        """How both models' answers were decoded, in words; runs from before it could be chosen are greedy."""
+        return str(self.result.get("decoding", "greedy"))
+
+    @property
     def ending(self) -> str:
         """How it ended, in a few words."""
         how = self.result.get(self.status)
@@ -197,6 +202,8 @@ def _settings(directory: Path) -> dict[str, Any]:
         raise _Damaged("config.yaml is not the configuration of a run: it has no seed")
     if isinstance(settings.get("dataset"), dict):
         settings["dataset"].pop("cache_dir", None)  # a copy of cache.dir, which says where and not what
+    if isinstance(settings.get("evaluation"), dict) and settings["evaluation"].get("sampling") is None:
+        settings["evaluation"].pop("sampling", None)  # runs from before it could be chosen are greedy as well
     return settings
 
 

@@ -105,7 +105,7 @@ class Entry:
 
 @dataclass(eq=False)
 class Group:
-    """Configurations that answered the same prompts and were scored by the same reward, the best first."""
+    """Configurations that answered the same prompts, decoded alike and scored by one reward, the best first."""
 
     title: str
     split: str
@@ -174,7 +174,7 @@ def gather(
     homes: dict[str, str] = {}
     for run in runs:
         if run.status == "complete":
-            key = content_hash([*run.scored_by, *sorted(run.rewards)])
+            key = content_hash([*run.scored_by, run.decoding, *sorted(run.rewards)])
             homes[_measured_by(run)] = key
             by_prompts.setdefault(key, []).append(run)
     for run in runs:
@@ -238,7 +238,8 @@ def _group(
         entries.append(Entry(one, line, method(settings[line.label]), settings[line.label], place, measured))
     split = str(whole.result.get("split", "test"))
     reward = _class(whole.settings.get("reward"))
-    title = f"{len(prompts):,} {split} prompts, scored by {reward}"
+    decoded = "" if whole.decoding == "greedy" else f", answers {whole.decoding}"
+    title = f"{len(prompts):,} {split} prompts{decoded}, scored by {reward}"
     if metric in PAIR_METRICS:
         title = f"{lines[0].n:,} held-out {split} pairs"
     base_entry = next(entry for entry in entries if entry.label == base.label)
@@ -281,6 +282,12 @@ def shown(one: Interval, digits: int = 3, sign: str = "") -> str:
     """A value and its interval, in words."""
     bounds = "" if np.isnan(one.low) else f" [{one.low:{sign}.{digits}f}, {one.high:{sign}.{digits}f}]"
     return f"{one.value:{sign}.{digits}f}{bounds}"
+
+
+def answers_of_policy(entry: Entry) -> str:
+    """The answers that an entry's KL was measured on, in words."""
+    greedy = entry.run.decoding == "greedy"
+    return "on greedy answers of the policy" if greedy else f"on answers of the policy, {entry.run.decoding}"
 
 
 def sentence(text: str) -> str:

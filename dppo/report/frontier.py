@@ -14,7 +14,7 @@ from dppo.dotted import leaves
 from dppo.evaluation.win_rates import Array, Interval, crossed_mean
 from dppo.report.choice import none_trained, trained
 from dppo.report.drawing import INK, MUTED, colour, grid, heading, legend, marker, new_figure, point, tip
-from dppo.report.evidence import SFT, Entry, Group, again, phases, shown, words_without
+from dppo.report.evidence import SFT, Entry, Group, again, answers_of_policy, phases, shown, words_without
 from dppo.report.panel import Panel
 from dppo.report.table import Cell, Column, Table
 from dppo.results import command_line
@@ -61,9 +61,8 @@ def panel(group: Group) -> Panel:
     if several:
         lead += " Small dots are single seeds; KL is their mean, and its bar spans their least and greatest."
     lead += (
-        f" KL is exact, the sum over the vocabulary at each token, but on {_n_answers(points)}greedy answers of the "
-        "policy: it says nothing about less likely ones. The stairs go through the means: no other configuration has "
-        "both less KL and more reward."
+        f" KL is exact, the sum over the vocabulary at each token, {_on_answers(points)}. The stairs go through the "
+        "means: no other configuration has both less KL and more reward."
     )
     named = _named(points, front, group)
     if len(points) > len(named):
@@ -110,6 +109,17 @@ def _point(entry: Entry) -> _Point | None:
     return _Point(entry, kl, entry.number("kl.nats_per_token"), gain, seeds)
 
 
+def _on_answers(points: Sequence[_Point]) -> str:
+    """Which answers KL was measured on, and what that makes of it."""
+    run = points[0].entry.run  # all of a group are decoded alike
+    if run.decoding == "greedy":
+        return f"but on {_n_answers(points)}greedy answers of the policy: it says nothing about less likely ones"
+    on = f"on {_n_answers(points)}answers of the policy, {run.decoding}"
+    if "monte_carlo" in run.result["kl"]:
+        return f"{on}: an estimate of the KL between the models as they are"
+    return f"but {on}: not those that the policy as it is would give"
+
+
 def _n_answers(points: Sequence[_Point]) -> str:
     counts = {int(one.entry.run.result.get("kl", {}).get("n_answers", 0)) for one in points}
     return f"{counts.pop():,} " if len(counts) == 1 and 0 not in counts else ""
@@ -150,7 +160,7 @@ def _table(points: Sequence[_Point], front: Sequence[int]) -> Table:
         ),
         tuple(rows),
         "Reward: 95 % intervals over seeds and prompts. KL: mean of the seeds, with the least and the greatest; exact, "
-        "on greedy answers of the policy.",
+        f"{answers_of_policy(points[0].entry)}.",
     )  # fmt: skip
 
 

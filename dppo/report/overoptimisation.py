@@ -15,7 +15,7 @@ from dppo.evaluation.runs import Run
 from dppo.evaluation.win_rates import Interval
 from dppo.report.choice import choose, how_chosen, none_trained, trained
 from dppo.report.drawing import MUTED, WIDE, colour, dashes, grid, legend, marker, new_figure, short, tip
-from dppo.report.evidence import SFT, Entry, Group, again, shown
+from dppo.report.evidence import SFT, Entry, Group, again, answers_of_policy, shown
 from dppo.report.frontier import square_root_ticks
 from dppo.report.panel import Panel
 from dppo.report.rows import number_in, rows_of
@@ -186,7 +186,7 @@ def _table(curves: Sequence[_Curve]) -> Table:
         ),
         tuple(rows),
         "On validation prompts. Of one seed 95 % intervals over prompts; of several the mean, with the least and the "
-        "greatest. KL is exact, on greedy answers of the policy.",
+        f"greatest. KL is exact, {answers_of_policy(curves[0].entry)}.",
     )  # fmt: skip
 
 

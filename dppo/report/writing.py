@@ -31,7 +31,7 @@ from dppo.report import (
 )
 from dppo.report.answers import choose
 from dppo.report.drawing import NARROW, RC, WIDE
-from dppo.report.evidence import NAMES, Entry, Evidence, Group, again, shown
+from dppo.report.evidence import NAMES, Entry, Evidence, Group, again, answers_of_policy, shown
 from dppo.report.page import Card, Page, Settings, render
 from dppo.report.panel import Panel
 from dppo.report.studies import part
@@ -221,7 +221,7 @@ def _cards(group: Group) -> tuple[Card, ...]:
             )
         )
     if (kl := best.number("kl.nats_per_answer")) is not None:
-        cards.append(Card("KL of the best to SFT", f"{kl.value:.2f}", "nats an answer, on its greedy answers"))
+        cards.append(Card("KL of the best to SFT", f"{kl.value:.2f}", f"nats an answer, {answers_of_policy(best)}"))
     return tuple(cards)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from dppo.artifacts import Build, Slot
@@ -16,6 +17,7 @@ from dppo.config import TrainSettings
 from dppo.data.ids import content_hash
 from dppo.evaluation.drift import exact_kl
 from dppo.evaluation.edits import PairRow, pair_rows
+from dppo.evaluation.win_rates import crossed_mean
 from dppo.logps import ResponseScorer
 from dppo.loop import likelihoods
 from dppo.stages.training import autocast, saved_policy
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = 2
 PAIRS = "pairs.jsonl"
+_RESAMPLES = 10_000
 
 
 def drift_slot(
@@ -36,6 +39,8 @@ def drift_slot(
     answers: Sequence[str],
     pairs: Sequence[EncodedExample],
     settings: TrainSettings,
+    *,
+    own_distribution: bool,
 ) -> Slot:
     """The place of the drift between two models, given by their fingerprints; ``answers`` are ids of examples."""
     return bench.cache.artifact(
@@ -45,6 +50,7 @@ def drift_slot(
             "answers": content_hash(sorted(answers)),
             "pairs": content_hash(sorted(example.example_id for example in pairs)),
             "numerics": bench.numerics(settings.precision, settings.packing),
+            **({"own_distribution": True} if own_distribution else {}),
         },
         parents=[policy, reference],
     )
@@ -62,13 +68,18 @@ def drift(
     answers: Sequence[EncodedExample],
     pairs: Sequence[EncodedExample],
     settings: TrainSettings,
+    *,
+    own_distribution: bool,
 ) -> tuple[Artifact, dict[str, Any], list[dict[str, Json]]]:
     """``{"kl": {...}, "held_out": {...}}`` of a policy, and the rows of its pairs (``edits.PairRow``).
 
-    ``answers`` have one response each, ``pairs`` two.
+    ``answers`` have one response each, ``pairs`` two. With ``own_distribution``, answers drawn from the policy as it
+    is, ``kl`` also has ``monte_carlo``: the mean log-ratio of an answer, which estimates the same, with its interval.
     """
     ids = [example.example_id for example in answers]
-    slot = drift_slot(bench, policy.fingerprint, reference.fingerprint, ids, pairs, settings)
+    slot = drift_slot(
+        bench, policy.fingerprint, reference.fingerprint, ids, pairs, settings, own_distribution=own_distribution
+    )
 
     def build(started: Build) -> None:
         own = ResponseScorer(saved_policy(bench, policy), settings.packing)
@@ -76,8 +87,13 @@ def drift(
         with autocast(bench, settings.precision):
             kl = exact_kl(own, other, answers, settings.tokens_per_micro_batch)
             means, rows = _held_out(own, other, pairs, settings.tokens_per_micro_batch)
+        told = asdict(kl)
+        ratios = np.array([told.pop("log_ratios")])
+        if own_distribution:
+            found = crossed_mean(ratios, n_bootstrap=_RESAMPLES, seed=0)
+            told["monte_carlo"] = {"value": found.value, "ci_low": found.low, "ci_high": found.high}
         if bench.is_main:
-            (started.directory / "drift.json").write_text(json.dumps({"kl": asdict(kl), "held_out": means}))
+            (started.directory / "drift.json").write_text(json.dumps({"kl": told, "held_out": means}))
             lines = (json.dumps(row.to_json()) + "\n" for row in sorted(rows, key=lambda row: row.example_id))
             (started.directory / PAIRS).write_text("".join(lines))
             started.extra[WORK] = n_responses(len(answers), pairs)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from dppo.data.encoding import ChatEncoder
-from dppo.generation import Greedy, Several
+from dppo.generation import OneAnswer, Several
 from dppo.progress import Progress
 from dppo.stages.training import saved_policy
 from dppo.stages.workbench import Keep, Workbench
@@ -20,7 +20,7 @@ _ROWS_PER_SHARD = 2048
 _PROMPTS_PER_SHARD = 256  # of several answers each
 
 
-def answers_store(bench: Workbench, model: str, settings: Greedy, encoder: ChatEncoder) -> Store[Json]:
+def answers_store(bench: Workbench, model: str, settings: OneAnswer, encoder: ChatEncoder) -> Store[Json]:
     """Where the answers of the model with the fingerprint ``model`` lie, by ``prompt_id``."""
     return bench.cache.json_store(
         "generate",
@@ -45,7 +45,7 @@ def generate(
     title: str,
     model: Artifact,
     prompts: Sequence[Prompt],
-    settings: Greedy,
+    settings: OneAnswer,
     encoder: ChatEncoder,
 ) -> tuple[Artifact, dict[str, Generation]]:
     """The model's answers by ``prompt_id``; only those are computed that the store of this model lacks."""
