@@ -73,7 +73,11 @@ def explain_composition(error: Exception, overrides: Sequence[str], known: Itera
         near = difflib.get_close_matches(option, options, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         listed = f" Options: {', '.join(options)}" if options else " The group has no options yet"
-        return f"{group}={option}: there is no such option.{hint}{listed}"
+        words = (override.lstrip("+") for override in overrides)
+        typed = next(
+            (word for word in words if re.fullmatch(rf"{group}(@[\w.]+)?={option}", word)), f"{group}={option}"
+        )
+        return f"{typed}: there is no such option.{hint}{listed}"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]}: several values need a multirun: add -m (or --multirun) as the last word"
     if match := re.search(r"Error parsing override '([^']*)'\n([^\n]*)", text):

@@ -91,7 +91,7 @@ def run(
 
     ``resolved`` is the configuration as it is recorded, ``overrides`` the words that the user typed. ``verdict`` sees
     every interim row and may end the run with a reason: then, as beyond ``evaluation.interim.max_kl``, ``Pruned`` is
-    raised. ``place`` says to a tracker where the run belongs. Whatever ends the run, ``result.json`` says how it ended.
+    raised. ``place`` says to a tracker where the run belongs. ``result.json`` says how it ended, unless by an error.
     """
     started = time.perf_counter()
     results.check_objectives(experiment.objectives)

@@ -49,6 +49,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("appended key", ["+wibble=1"], ["wibble=1", "unknown key"]),
     ("forced key", ["++train.stray=1"], ["train.stray=1", "unknown key", "learning_rate"]),
     ("unknown option", ["loss=unl"], ["loss=unl", "Did you mean unll?", "dpo"]),
+    ("unknown option elsewhere", ["dataset=on_policy", "reward@dataset.ranker=nope"], ["reward@dataset.ranker=nope: "]),
     ("unknown base", ["loss/base=simpoo"], ["loss/base=simpoo", "Did you mean simpo?"]),
     ("unknown experiment", ["+experiment=nothing"], ["experiment=nothing", "no such option"]),
     ("wrong type", ["train.steps=many"], ["train.steps=many", "whole number"]),
