@@ -266,10 +266,10 @@ def test_the_report_shows_how_good_it_is(warm: tuple[Path, list[str], Finished])
     measured = warm[2].result["reward_model"]["splits"]
     rows = {(row[1], row[0]): row for row in table.rows}
     length = rows["test", "length"]
-    assert length[2] == measured["test"]["n_pairs"]
-    assert cast("Interval", length[3]).low == measured["test"]["length"]["ci_low"]
-    assert cast("Interval", length[5]).high == measured["test"]["length"]["difference"]["ci_high"]
-    assert rows["validation", "reward_model"][5] is None
+    assert length[2:4] == (measured["test"]["n_pairs"], measured["test"]["n_prompts"])
+    assert cast("Interval", length[4]).low == measured["test"]["length"]["ci_low"]
+    assert cast("Interval", length[6]).high == measured["test"]["length"]["difference"]["ci_high"]
+    assert rows["validation", "reward_model"][6] is None
 
 
 def groups(*found: Finished) -> tuple[Group, ...]:

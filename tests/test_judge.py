@@ -281,6 +281,8 @@ def test_a_model_against_itself_is_one_half_without_asking(judged: tuple[Path, S
     assert found.result["judge"] == {
         "n_pairs": 0,
         "n_equal": 8,
+        "n_read": 0,
+        "n_decided": 0,
         "position_consistency": None,
         "first_place_share": None,
         "unparsable_share": None,
@@ -360,7 +362,9 @@ def test_the_command_line_says_how_consistent_the_judge_was(judging: Served, tmp
     environment = {**outside(), VARIABLE: KEY}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
-    said = re.search(r"judge +orders agree on 100\.0% of (\d) pairs, 0\.0% of replies unparsable", done.stdout)
+    said = re.search(
+        r"judge +orders agree on 100\.0% \[\d\d\.\d%, 100\.0%\] of (\d) pairs, 0\.0% of replies unparsable", done.stdout
+    )
     assert said is not None
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["judge"]["n_pairs"] == int(said[1])

@@ -21,6 +21,7 @@ from dppo.data.files import PairsFile
 from dppo.data.published import PublishedPairs
 from dppo.data.rows import PairColumns
 from dppo.data.subsets import nested_subset
+from dppo.data.tables import read_rows
 from dppo.errors import UserError
 from dppo.types import Message, PreferenceExample
 
@@ -452,7 +453,10 @@ def test_missing_and_unknown_files_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.jsonl: there is no such file"):
         pairs_file(tmp_path / "nowhere.jsonl").pairs("train")
     with pytest.raises(UserError, match=r"pairs\.xlsx: unknown format \.xlsx; use \.parquet, \.jsonl, \.csv"):
-        pairs_file(tmp_path / "pairs.xlsx").pairs("train")
+        pairs_file(write_jsonl(tmp_path / "pairs.xlsx", FLAT)).pairs("train")
+    with pytest.raises(UserError, match=r"folder\.jsonl: is a folder; give a file \(\.parquet"):
+        (tmp_path / "folder.jsonl").mkdir()
+        next(read_rows([tmp_path / "folder.jsonl"], ["prompt"]))
 
 
 def test_a_files_identity_follows_its_content(tmp_path: Path) -> None:
