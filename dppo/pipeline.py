@@ -515,16 +515,12 @@ def phase_data(
     encoded = encoder.encode(rows, train.max_length, key="train.max_length")
     examples = _seen(_shaped(encoded, phase, seed, bench), phase, seed)
     held_out: tuple[EncodedExample, ...] = ()
-    notes = encoded.notes
     if held_out_rows and (train.evaluate_every is not None or experiment.evaluation.interim.metric == "accuracy"):
-        try:
-            held_out = encoder.encode(held_out_rows, encoded.max_length, key="train.max_length").examples
-        except UserError as error:  # the limit may be that of much shorter answers of the model's own
-            notes = (*notes, f"no evaluation on held-out examples: {error}")
+        held_out = encoder.encode(held_out_rows, encoded.max_length, key="train.max_length").examples
     wanted = {example.prompt_id for example in (*examples, *held_out)}
     asked = {pair.prompt.prompt_id: pair.prompt for pair in (*rows, *held_out_rows)}
     prompts = [prompt for key, prompt in asked.items() if key in wanted]
-    return PhaseData(examples, held_out, prompts, encoded.max_length, notes)
+    return PhaseData(examples, held_out, prompts, encoded.max_length, encoded.notes)
 
 
 def drift_data(
