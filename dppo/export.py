@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from dppo import config
-from dppo.artifacts import Damaged
 from dppo.artifacts.files import remove, sync_tree, write_atomic
 from dppo.command_line import Parser, command
 from dppo.config import SamplingSettings
@@ -101,17 +100,12 @@ def _model(run: Run, who: Who, arguments: Namespace) -> tuple[Workbench, Artifac
     from dppo.data.encoding import ChatEncoder
     from dppo.models import saved_tokenizer
     from dppo.pipeline import workbench
+    from dppo.stages.finished import model_slot
 
     cache = arguments.cache or Path(config.recorded(run.settings, "cache").dir)
     bench = workbench(str(cache), arguments.device or config.recorded(run.settings, "device"))
-    stage, _, fingerprint = run.result["models"][who].partition("/")
-    try:
-        slot = bench.cache.existing(stage, fingerprint)
-    except Damaged as problem:
-        raise UserError(
-            f"{run.path}: its {who} {stage} {fingerprint[:4]} is not in {bench.cache.root} ({problem}); "
-            f"add --cache with that run's cache, or run it again: {run.result['command']}"
-        ) from None
+    remedy = f"add --cache with that run's cache, or run it again: {run.result['command']}"
+    slot = model_slot(bench, who, run.result["models"][who], str(run.path), remedy)
     encoder = ChatEncoder(saved_tokenizer(slot.path))
     return bench, slot.artifact(reused=True), slot.manifest().created, encoder
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from dppo import config, startup
 from dppo.command_line import EXIT_FAILED, Parser, aligned, command
-from dppo.data import CountedDataset, Dataset, LabelledDataset, RankedDataset
+from dppo.data import CountedDataset, Dataset, examples_for
 from dppo.data.encoding import ChatEncoder, EncodedSet, percentile
 from dppo.data.on_policy import OnPolicy
 from dppo.data.subsets import nested_subset
@@ -147,15 +147,10 @@ def _rows(dataset: Dataset, reward: Reward | PairwiseReward, shape: _Shape, spli
     """The examples of a split as a run reads them: a pair serves every loss, and a reward model keeps its own pairs."""
     if shape == "chats":
         return dataset.chats(split)
-    if shape == "ranked" and isinstance(dataset, RankedDataset):
-        rows = dataset.ranked(split)
-    elif shape == "labelled" and isinstance(dataset, LabelledDataset):
-        rows = dataset.labelled(split)
-    else:
-        rows = dataset.pairs(split)
+    _, read = examples_for(dataset, shape, split)
     if split == "train" and isinstance(reward, BradleyTerry):
-        return [row for row in rows if reward.is_left(row.prompt)]
-    return rows
+        return [row for row in read() if reward.is_left(row.prompt)]
+    return read()
 
 
 def _readings(dataset: Dataset, stages: Sequence[_Stage]) -> list[str]:

@@ -21,7 +21,7 @@ from dppo.artifacts.manifest import Manifest
 from dppo.artifacts.stores import n_rows
 from dppo.batches import batches, collate
 from dppo.config import Experiment, Phase, TrainSettings, key_of
-from dppo.data import Dataset, LabelledDataset, RankedDataset
+from dppo.data import Dataset, examples_for
 from dppo.data.encoding import ChatEncoder, EncodedSet
 from dppo.data.ids import content_hash
 from dppo.data.kept import Kept
@@ -477,15 +477,11 @@ def interim_data(
 
 
 def _rows(dataset: Dataset, shape: Shape, split: Split) -> list[PreferenceExample]:
-    """The data set's examples in the shape that a loss trains on; a pair serves every loss."""
+    """The data set's examples that a loss of this shape trains on; kept from one run to the next."""
     if isinstance(dataset, OnPolicy):
         dataset = dataset.source
-    key = json.dumps(dataset.identity(), sort_keys=True)
-    if shape == "ranked" and isinstance(dataset, RankedDataset):
-        return _read.get((key, shape, split), lambda: dataset.ranked(split))
-    if shape == "labelled" and isinstance(dataset, LabelledDataset):
-        return _read.get((key, shape, split), lambda: dataset.labelled(split))
-    return _read.get((key, "pairs", split), lambda: dataset.pairs(split))
+    served, read = examples_for(dataset, shape, split)
+    return _read.get((json.dumps(dataset.identity(), sort_keys=True), served, split), read)
 
 
 def _prompts(dataset: Dataset, split: Split) -> list[Prompt]:
@@ -595,11 +591,10 @@ def training_data(experiment: Experiment) -> Json:
 
     Rows that are made from answers also depend on the stores that hold them.
     """
-    dataset, reward = experiment.dataset, experiment.reward
+    dataset, keeper = experiment.dataset, _keeper(experiment)
     identity = dataset.preferences_identity() if isinstance(dataset, OnPolicy) else dataset.identity()
-    settings = reward.settings if isinstance(reward, TrainedReward) else reward
-    if isinstance(settings, BradleyTerry) and settings.held_back is not None:
-        return {**identity, "left_out": settings.rows_identity()}
+    if keeper is not None and keeper.held_back is not None:
+        return {**identity, "left_out": keeper.rows_identity()}
     return identity
 
 
@@ -628,10 +623,15 @@ def prompts_to_answer(experiment: Experiment) -> list[Prompt]:
 
 def _prompts_left(experiment: Experiment) -> list[Prompt]:
     """The training prompts, without those that a reward model keeps to itself."""
+    keeper, prompts = _keeper(experiment), _prompts(experiment.dataset, "train")
+    return prompts if keeper is None else [one for one in prompts if keeper.is_left(one)]
+
+
+def _keeper(experiment: Experiment) -> BradleyTerry | None:
+    """The settings of a reward model that may keep training prompts to itself, before and after it was trained."""
     reward = experiment.reward
     settings = reward.settings if isinstance(reward, TrainedReward) else reward
-    prompts = _prompts(experiment.dataset, "train")
-    return [one for one in prompts if settings.is_left(one)] if isinstance(settings, BradleyTerry) else prompts
+    return settings if isinstance(settings, BradleyTerry) else None
 
 
 def _answers_ranked(

@@ -8,9 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Lock, Thread
+from http.server import BaseHTTPRequestHandler
+from threading import Event, Lock
 from typing import Any
+
+from tests.loopback import listening
 
 Say = Callable[[dict[str, Any]], Any]
 
@@ -120,19 +122,5 @@ def serve(say: Say) -> Iterator[Served]:
             if missing:
                 self.close_connection = True
 
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 64
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            """A client that was killed, or had enough, is no error."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    Thread(target=server.serve_forever, daemon=True).start()
-    served.url = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
+    with listening(Handler, served.closed) as served.url:
         yield served
-    finally:
-        served.closed.set()
-        server.shutdown()
-        server.server_close()

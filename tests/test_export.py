@@ -116,7 +116,8 @@ def test_the_card_is_read_by_the_hubs_library(own: Path) -> None:
     card: Any = ModelCard.load("model/README.md")
     result = json.loads((own / "result.json").read_text())
     rate = result["win_rate"]
-    assert card.data.library_name == "transformers" and card.data.license == "unknown"
+    fields = card.data.to_dict()
+    assert fields["library_name"] == "transformers" and fields["license"] == "unknown"
     assert card.data.tags == ["dppo", "sft", "preference-optimisation", "unll"]
     (measured,) = card.data.eval_results
     assert measured.metric_type == "win_rate" and measured.metric_value == pytest.approx(rate["value"], abs=1e-4)

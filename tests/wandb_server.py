@@ -10,13 +10,14 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from http.server import BaseHTTPRequestHandler
+from threading import Event
 from typing import Any
 
 import wandb  # noqa: TID251 - its process-wide state is reset between servers
 
 from dppo.tracking import weights_and_biases
+from tests.loopback import listening
 
 
 class Received:
@@ -154,17 +155,5 @@ def serve() -> Iterator[Received]:
 
         do_GET = do_POST = do_PUT = _answer
 
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, request: object, client_address: object) -> None:
-            """A client that was killed, or had enough, is no error."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    Thread(target=server.serve_forever, daemon=True).start()
-    received.url = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
+    with listening(Handler, received.closed) as received.url:
         yield received
-    finally:
-        received.closed.set()
-        server.shutdown()
-        server.server_close()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from dppo.types import Json, PreferenceExample, Prompt, Split
+from dppo.types import Json, PreferenceExample, Prompt, Shape, Split
 
 if TYPE_CHECKING:
     from dppo.data.rows import Reading
@@ -62,3 +63,15 @@ class SharedChats(Dataset, Protocol):
 def chats_identity(dataset: Dataset) -> dict[str, Json]:
     """Everything that determines the demonstrations of a data set: part of SFT's fingerprint."""
     return dataset.chats_identity() if isinstance(dataset, SharedChats) else dataset.identity()
+
+
+def examples_for(dataset: Dataset, shape: Shape, split: Split) -> tuple[Shape, Callable[[], list[PreferenceExample]]]:
+    """What a loss that trains on ``shape`` gets of a split: its own shape, and the examples when they are asked for.
+
+    A pair serves every loss.
+    """
+    if shape == "ranked" and isinstance(dataset, RankedDataset):
+        return shape, lambda: dataset.ranked(split)
+    if shape == "labelled" and isinstance(dataset, LabelledDataset):
+        return shape, lambda: dataset.labelled(split)
+    return "pairs", lambda: dataset.pairs(split)

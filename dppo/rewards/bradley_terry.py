@@ -77,7 +77,10 @@ class BradleyTerry:
 
     def rows_identity(self) -> Json:
         """Which of the training prompts are its own; null: all are, and the policy's as well."""
-        return None if self.held_back is None else {"held_back": self.held_back, "seed": self.held_back_seed, "by": 2}
+        if self.held_back is None:
+            return None
+        # "by" counts the ways in which prompts were told apart: 2 is that of ``_is_held_back``.
+        return {"held_back": self.held_back, "seed": self.held_back_seed, "by": 2}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Any prompt will do."""
@@ -141,7 +144,7 @@ class TrainedReward:
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """One reward per answer. Raises UserError if one is not finite."""
-        from dppo.rewards.classifier import output_of
+        from dppo.rewards.classifier import finite, output_of
 
         limit = self.encoder.tokenizer.model_max_length
         rows = []
@@ -151,9 +154,7 @@ class TrainedReward:
             rows.append(row if len(row) <= limit else row[:1] + row[len(row) - limit + 1 :])
         model = _loaded(self)
         found = output_of(model, rows, 0, self.settings.tokens_per_batch, model.device)
-        if not all(map(math.isfinite, found)):
-            raise UserError("reward=bradley_terry: gave a score that is not finite; try reward.precision=fp32")
-        return found
+        return finite(found, "reward=bradley_terry")
 
 
 @functools.lru_cache(maxsize=1)  # every call of `score` needs the same one

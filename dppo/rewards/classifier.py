@@ -72,12 +72,17 @@ class Classifier:
         model, tokenizer, device = self._loaded()
         rows = conversation_tokens(tokenizer, prompts, answers, self.max_length)
         found = output_of(model, rows, self.output, self.tokens_per_batch, device)
-        if not all(map(math.isfinite, found)):
-            raise UserError(f"{KEY}={self.name_or_path}: gave a score that is not finite; try reward.precision=fp32")
-        return found
+        return finite(found, f"{KEY}={self.name_or_path}")
 
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.device]:
         return _load(self)
+
+
+def finite(scores: list[float], reward: str) -> list[float]:
+    """The scores of a model as they are. Raises UserError, naming ``reward``, if one is not finite."""
+    if not all(map(math.isfinite, scores)):
+        raise UserError(f"{reward}: gave a score that is not finite; try reward.precision=fp32")
+    return scores
 
 
 def conversation_tokens(

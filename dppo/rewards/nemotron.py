@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal
 
 from dppo.config import require
 from dppo.errors import UserError
+from dppo.rewards.classifier import KEY, conversation_tokens, finite
 from dppo.types import Json, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VERSION = 1
-KEY = "reward.name_or_path"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ class Nemotron:
         import torch
 
         from dppo.batches import padded_batches
-        from dppo.rewards.classifier import conversation_tokens
 
         model, tokenizer = _load(self)
         rows = conversation_tokens(tokenizer, prompts, answers, self.max_length)
@@ -89,9 +88,7 @@ class Nemotron:
                 ).logits
             for place, value in zip(part, logits[:, -1, 0].float().tolist(), strict=True):
                 found[place] = value
-        if not all(map(math.isfinite, found)):
-            raise UserError(f"{KEY}={self.name_or_path}: gave a score that is not finite; try reward.precision=fp32")
-        return found
+        return finite(found, f"{KEY}={self.name_or_path}")
 
 
 @functools.lru_cache(maxsize=1)  # `check` and every call of `score` need the same one

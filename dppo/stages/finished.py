@@ -31,19 +31,27 @@ def finished_slots(bench: Workbench, run: str, encoder: ChatEncoder) -> tuple[Sl
         raise UserError(f"init_from={run}: its result.json cannot be read ({type(error).__name__})") from None
     if status != "complete":
         raise UserError(f"init_from={run}: that run is {status}; finish it first: {command}")
-    found = []
-    for title in ("reference", "policy"):
-        stage, _, fingerprint = result["models"][title].partition("/")
-        try:
-            slot = bench.cache.existing(stage, fingerprint)
-        except Damaged as problem:
-            raise UserError(
-                f"init_from={run}: its {title} {stage} {fingerprint[:4]} is not in {bench.cache.root} ({problem}); "
-                f"set cache.dir to that run's, or run it again: {command}"
-            ) from None
-        found.append(slot)
-    _check_tokenizer(run, found[1], encoder)
-    return found[0], found[1]
+    remedy = f"set cache.dir to that run's, or run it again: {command}"
+    reference, policy = (
+        model_slot(bench, title, result["models"][title], f"init_from={run}", remedy)
+        for title in ("reference", "policy")
+    )
+    _check_tokenizer(run, policy, encoder)
+    return reference, policy
+
+
+def model_slot(bench: Workbench, title: str, model: str, run: str, remedy: str) -> Slot:
+    """The place of a run's model, "stage/fingerprint" in its result.json.
+
+    Raises UserError that begins with ``run`` and ends with ``remedy`` if the cache has lost it.
+    """
+    stage, _, fingerprint = model.partition("/")
+    try:
+        return bench.cache.existing(stage, fingerprint)
+    except Damaged as problem:
+        raise UserError(
+            f"{run}: its {title} {stage} {fingerprint[:4]} is not in {bench.cache.root} ({problem}); {remedy}"
+        ) from None
 
 
 def finished_run(bench: Workbench, run: str, encoder: ChatEncoder) -> tuple[Artifact, Artifact]:

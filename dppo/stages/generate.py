@@ -22,8 +22,14 @@ _PROMPTS_PER_SHARD = 256  # of several answers each
 
 def answers_store(bench: Workbench, model: str, settings: OneAnswer, encoder: ChatEncoder) -> Store[Json]:
     """Where the answers of the model with the fingerprint ``model`` lie, by ``prompt_id``."""
+    return _store(bench, "generate", model, settings, encoder)
+
+
+def _store(
+    bench: Workbench, stage: str, model: str, settings: OneAnswer | Several, encoder: ChatEncoder
+) -> Store[Json]:
     return bench.cache.json_store(
-        "generate",
+        stage,
         {
             "version": VERSION,
             "decoding": settings.identity(),
@@ -68,16 +74,7 @@ def generate(
 
 def candidates_store(bench: Workbench, model: str, settings: Several, encoder: ChatEncoder) -> Store[Json]:
     """Where several answers of the model with the fingerprint ``model`` lie, those to a prompt by its ``prompt_id``."""
-    return bench.cache.json_store(
-        "candidates",
-        {
-            "version": VERSION,
-            "decoding": settings.identity(),
-            "template": encoder.template_text,
-            "numerics": bench.numerics(settings.precision),
-        },
-        parents=[model],
-    )
+    return _store(bench, "candidates", model, settings, encoder)
 
 
 def stored_candidates(store: Store[Json], keys: Sequence[str]) -> dict[str, list[Generation]]:
