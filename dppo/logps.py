@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +36,10 @@ logger = logging.getLogger("dppo")
 SHARED_PROMPT = "dppo_shared_prompt"
 # Logits of one head chunk take tokens * vocabulary * 4 bytes; 2^24 of them are 64 MiB in fp32.
 _LOGITS_PER_CHUNK = 1 << 24
+# So many are kept for the backward pass; beyond that they are computed a second time, a chunk at a time.
+_LOGITS_KEPT = 1 << 26
+# A row of logits is gone through several times. So many at once stay in a core's own memory; elsewhere calls are dear.
+_LOGITS_AT_ONCE = {"cpu": 1 << 20}
 # Up to this length all examples of a row share one attention call, padded to the longest: one call for many short
 # examples beats many small calls. Beyond it the padding costs more than the calls, and each response has its own.
 _SHORT_EXAMPLE = 192
@@ -301,7 +306,7 @@ class ResponseScorer(nn.Module):
             yield self._own_logits(inputs)
             return
         for part in self._hidden(inputs).split(_places_per_chunk(self.head)):
-            yield _head_logits(part, self.head, self.logit_cap)
+            yield _at_least_fp32(_head_logits(part, self.head, self.logit_cap))
 
     def _inputs(self, batch: Batch) -> _Inputs:
         if self.packing == "padded":
@@ -328,9 +333,11 @@ class ResponseScorer(nn.Module):
     def _log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """(N,) log-probs of ``targets`` (N,) from hidden states (N, hidden), never all logits at once."""
         head, cap = self.head, self.logit_cap
-        chunk = _places_per_chunk(head)
-        if hidden.shape[0] <= chunk:
+        n_logits = hidden.shape[0] * head.weight.shape[0]
+        kept = _LOGITS_PER_CHUNK if self._base.is_gradient_checkpointing else _LOGITS_KEPT
+        if torch.is_grad_enabled() and n_logits <= kept:
             return _token_log_probs(hidden, targets, head, cap)
+        chunk = _places_per_chunk(head)
         # Recomputing a chunk's logits in the backward pass costs one more head forward and saves the (N, V) tensor.
         parts = [
             checkpoint(_token_log_probs, part, wanted, head, cap, use_reentrant=False)
@@ -495,9 +502,9 @@ def _at_least_fp32(logits: Tensor) -> Tensor:
 
 
 def _head_logits(hidden: Tensor, head: nn.Module, cap: float | None) -> Tensor:
-    """(n, vocabulary) logits from hidden states (n, hidden)."""
-    logits = _at_least_fp32(head(hidden))
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    """(n, vocabulary) logits from hidden states (n, hidden), in the head's own precision or, capped, in fp32."""
+    logits: Tensor = head(hidden)
+    return logits if cap is None else torch.tanh(_at_least_fp32(logits) / cap) * cap
 
 
 def _token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, cap: float | None) -> Tensor:
@@ -506,7 +513,41 @@ def _token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, cap: floa
 
 def _pick(logits: Tensor, targets: Tensor) -> Tensor:
     """(n,) log-probs of ``targets`` (n,) from logits (n, vocabulary)."""
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+    found: Tensor = cast("Any", _Pick).apply(logits, targets)
+    return found
+
+
+class _Pick(torch.autograd.Function):
+    """Log-softmax at one target a row, in fp32 whatever the precision of the logits; fp64 stays.
+
+    A few rows at a time, so that beside the logits only their gradient is as large, and in their own precision.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        parts = [torch.logsumexp(_at_least_fp32(rows), dim=-1) for rows in logits.split(_rows_at_once(logits))]
+        normaliser = torch.cat(parts)
+        ctx.save_for_backward(logits, targets, normaliser)
+        return logits.gather(-1, targets[:, None]).squeeze(-1).to(normaliser.dtype) - normaliser
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets, normaliser = ctx.saved_tensors
+        slope = torch.empty_like(logits)
+        together = (logits, slope, targets, normaliser, gradient)
+        for rows, into, wanted, lse, own in zip(*(one.split(_rows_at_once(logits)) for one in together), strict=True):
+            # d log p(y) / d logit(v) = [v = y] - p(v)
+            whole = into if into.dtype == lse.dtype else torch.empty_like(rows, dtype=lse.dtype)
+            torch.sub(rows, lse[:, None], out=whole).exp_().mul_(-own[:, None])
+            whole.scatter_add_(-1, wanted[:, None], own[:, None])
+            if whole is not into:
+                into.copy_(whole)
+        return slope, None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return max(1, _LOGITS_AT_ONCE.get(logits.device.type, _LOGITS_KEPT) // logits.shape[-1])
 
 
 def response_log_softmax(scorer: ResponseScorer, batch: Batch) -> Iterator[Tensor]:

@@ -223,6 +223,7 @@ def test_a_chunked_head_changes_neither_values_nor_gradients(monkeypatch: pytest
     sizes: list[int] = []
     scorer.head.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     monkeypatch.setattr(logps, "_LOGITS_PER_CHUNK", 7 * VOCABULARY + 3)
+    monkeypatch.setattr(logps, "_LOGITS_KEPT", len(batch.targets) * VOCABULARY - 1)
     chunked = scorer(batch).tokens
     assert max(sizes) == 7 and sum(sizes) == len(batch.targets)
     close(chunked, whole)
@@ -233,6 +234,49 @@ def test_a_chunked_head_changes_neither_values_nor_gradients(monkeypatch: pytest
     assert [len(part) for part in parts] == [len(part) for part in batch.targets.split(7)]
     close(torch.cat(parts), vocabulary)
     close(vocabulary.gather(1, batch.targets[:, None])[:, 0], whole)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_head_is_computed_once_where_its_logits_can_be_kept(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = llama(), collate(mixed())
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    scorer = ResponseScorer(model, "packed")
+    sizes: list[int] = []
+    scorer.head.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    monkeypatch.setattr(logps, "_LOGITS_PER_CHUNK", 7 * VOCABULARY)
+    scorer(batch).tokens.sum().backward()
+    n_positions = len(batch.targets)
+    assert sum(sizes) == (2 * n_positions if checkpointing else n_positions)
+    assert max(sizes) == (7 if checkpointing else n_positions)
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * VOCABULARY, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_log_probs_of_targets_and_their_gradient(
+    dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """log p(y) = z_y - log sum_v exp z_v, whose derivative by z_v is [v = y] - p(v)."""
+    monkeypatch.setattr(logps, "_LOGITS_AT_ONCE", {"cpu": at_once})
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(8, VOCABULARY, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(VOCABULARY, (8,), generator=generator)
+    upstream = torch.randn(8, generator=generator).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    found = logps._pick(logits * 1, targets)
+    assert found.dtype == upstream.dtype
+    probability = logits.detach().double().softmax(-1)
+    expected = probability.gather(1, targets[:, None])[:, 0].log().to(found.dtype)
+    close(found, expected, 1e-12 if dtype == torch.float64 else 1e-5)
+    found.backward(upstream, retain_graph=True)
+    slope = upstream[:, None] * (torch.nn.functional.one_hot(targets, VOCABULARY) - probability)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, slope.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    first = logits.grad.clone()
+    found.backward(upstream)
+    assert torch.equal(logits.grad, 2 * first)
 
 
 def test_the_head_sees_response_positions_only() -> None:
