@@ -179,6 +179,8 @@ def _main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # train.deterministic on CUDA: cuBLAS reads this before its first call.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Memory for tensors on the CPU in pages of 2 MiB where Linux has them: a new tensor's pages cost a fault each.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Our own one-line messages replace Hydra's report of exceptions.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _prefer_own_sweeper()
