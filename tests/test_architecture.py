@@ -57,7 +57,9 @@ def test_imports_point_one_way(path: Path) -> None:
     if name.startswith("stages."):
         others = {module for module in inside if module.startswith("stages.") and module.count(".") == 1}
         assert others <= {"stages.workbench", "stages.training"}, "stages never import each other"
-    if name.startswith(("losses", "data", "models", "rewards", "generation", "artifacts", "tracking", "loop", "logps")):
+    if name.startswith(
+        ("losses", "data", "models", "rewards", "generation", "artifacts", "tracking", "loop", "logps", "attention")
+    ):
         assert not {module.split(".")[0] for module in inside} & {"stages", "pipeline", "__main__"}
     assert "pickle" not in roots
 

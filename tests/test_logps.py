@@ -17,9 +17,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dppo import logps
+from dppo import attention, logps
+from dppo.attention import SHARED_PROMPT
 from dppo.batches import collate
-from dppo.logps import SHARED_PROMPT, ResponseScorer, response_log_softmax
+from dppo.logps import ResponseScorer, response_log_softmax
 from dppo.types import EncodedExample, EncodedResponse
 from tests.tiny_models import (
     FAMILIES,
@@ -65,7 +66,7 @@ def scored(scorer: ResponseScorer, examples: list[EncodedExample]) -> Tensor:
 def test_both_layouts_give_the_models_own_log_probs_and_gradients(
     family: str, short_example: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logps, "_SHORT_EXAMPLE", short_example)
+    monkeypatch.setattr(attention, "_SHORT_EXAMPLE", short_example)
     model = FAMILIES[family]()
     examples = mixed()
     weight = torch.linspace(-1, 2, sum(len(answer.token_ids) for item in examples for answer in item.responses))
@@ -89,16 +90,16 @@ def test_both_layouts_give_the_models_own_log_probs_and_gradients(
 def test_the_packed_layout_computes_every_token_once(
     short_example: int, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logps, "_SHORT_EXAMPLE", short_example)
+    monkeypatch.setattr(attention, "_SHORT_EXAMPLE", short_example)
     calls: list[tuple[str, int]] = []
-    attend = {name: getattr(logps, name) for name in ("_attend_together", "_attend_apart")}
+    attend = {name: getattr(attention, name) for name in ("_attend_together", "_attend_apart")}
     for name in attend:
 
         def counted(query: Tensor, *args: Any, name: str = name, own: Any = attend[name]) -> Tensor:
             calls.append((name, query.shape[2]))
             return cast("Tensor", own(query, *args))
 
-        monkeypatch.setattr(logps, name, counted)
+        monkeypatch.setattr(attention, name, counted)
     model = llama()
     packed, examples = ResponseScorer(model, "packed"), mixed()
     calls.clear()
@@ -195,7 +196,7 @@ def test_a_response_sees_its_prompt_and_itself_only(
         answers[changed] = EncodedResponse("", "ranked", other(answers[changed].token_ids))
         replaced = dataclasses.replace(item, responses=tuple(answers))
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(logps, "_SHORT_EXAMPLE", short_example)
+        patch.setattr(attention, "_SHORT_EXAMPLE", short_example)
         scorer = ResponseScorer(NEIGHBOURS, "packed")
         before = scorer(collate(examples))
         after = scorer(collate([*examples[:owner], replaced, *examples[owner + 1 :]]))
@@ -325,7 +326,7 @@ def test_sliding_windows_are_packed(
     monkeypatch: pytest.MonkeyPatch,
     warnings: Callable[[], list[str]],
 ) -> None:
-    monkeypatch.setattr(logps, "_SHORT_EXAMPLE", short_example)
+    monkeypatch.setattr(attention, "_SHORT_EXAMPLE", short_example)
     built = model()
     expected = own_log_probs(built, mixed())
     scorer = ResponseScorer(built, "packed")
