@@ -8,10 +8,13 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dppo.errors import UserError
 from dppo.generation import Greedy
+from dppo.generation.decoding import linear_weights_in_bf16
 from dppo.logps import ResponseScorer
 from dppo.types import Generation
 from tests.tiny_models import SIZES, VOCABULARY, build, gpt2, grouped_llama, llama
@@ -245,3 +248,23 @@ def test_batches_are_made_when_they_are_asked_for(rows: Watch) -> None:
     assert seen == []
     next(made)
     assert 0 < len(seen) <= 4
+
+
+@pytest.mark.parametrize("name", ["grouped_llama", "gpt2"])
+def test_bf16_weights_made_once_are_those_of_autocast(name: str) -> None:
+    model = MODELS[name]().float()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    embedding = model.get_input_embeddings().weight
+    prompt = torch.tensor([PROMPTS[0][1]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(prompt).logits
+        with linear_weights_in_bf16(model):
+            linear = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+            assert {one.dtype for module in linear for one in module.parameters()} == {torch.bfloat16}
+            assert model.get_input_embeddings().weight is embedding
+            assert torch.equal(model(prompt).logits, expected)
+    with pytest.raises(KeyError), linear_weights_in_bf16(model):
+        raise KeyError("an interruption")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.get_output_embeddings().weight is embedding
+    assert all(value.requires_grad for value in model.parameters())

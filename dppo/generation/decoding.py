@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dppo.batches import padded_batches
 from dppo.config import require
@@ -85,13 +86,43 @@ class Decoding(ABC):
         for places in padded_batches(widths, self.tokens_per_batch):
             batch = [queue[place] for place in places]
             device_type = next(model.parameters()).device.type
-            with torch.autocast(device_type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with self._weights(model), torch.autocast(device_type, torch.bfloat16, enabled=self.precision == "bf16"):
                 answers = self.write(model, batch, end_ids)
             asked = [prompt_id for prompt_id, _ in batch for _ in range(self.per_prompt)]
             yield [
                 _generation(prompt_id, answer, end_ids, decode)
                 for prompt_id, answer in zip(asked, answers, strict=True)
             ]
+
+    def _weights(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        return linear_weights_in_bf16(model) if self.precision == "bf16" else nullcontext()
+
+
+@contextmanager
+def linear_weights_in_bf16(model: nn.Module) -> Iterator[None]:
+    """What autocast would make of the fp32 weights of linear layers, made once.
+
+    Without gradients autocast keeps nothing, and casts every weight anew for every token. Embeddings that share a
+    weight with a linear layer keep it.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+    cast: dict[int, nn.Parameter] = {}
+    try:
+        for module in model.modules():
+            if type(module) not in (nn.Linear, Conv1D):
+                continue
+            for name, value in list(module.named_parameters(recurse=False)):
+                if value.dtype == torch.float32:
+                    if id(value) not in cast:
+                        cast[id(value)] = nn.Parameter(value.to(torch.bfloat16), requires_grad=False)
+                    originals.append((module, name, value))
+                    setattr(module, name, cast[id(value)])
+        yield
+    finally:
+        for module, name, value in originals:
+            setattr(module, name, value)
 
 
 @dataclass(frozen=True)
