@@ -9,11 +9,12 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from dppo.errors import UserError
-from dppo.generation import Greedy
+from dppo.generation import Greedy, kv_cache
 from dppo.generation.decoding import linear_weights_in_bf16
 from dppo.logps import ResponseScorer
 from dppo.types import Generation
@@ -268,3 +269,36 @@ def test_bf16_weights_made_once_are_those_of_autocast(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.get_output_embeddings().weight is embedding
     assert all(value.requires_grad for value in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("room", [1, 3, 64])
+def test_a_cache_with_room_holds_what_a_growing_one_holds(
+    room: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values after a prompt, single tokens and a choice of rows; bf16: what attention would make of them."""
+    monkeypatch.setattr(kv_cache, "_ROOM", room)
+    model = grouped_llama().float()
+    roomy, growing = kv_cache.roomy_cache(model.config), DynamicCache(config=model.config)
+    token_ids = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        for step in range(6):
+            found, expected = (model(token_ids, past_key_values=one).logits[:, -1] for one in (roomy, growing))
+            assert torch.equal(found, expected)
+            token_ids = found.argmax(-1)[:, None]
+            if step == 2:
+                places = torch.tensor([2, 0, 2])
+                token_ids = token_ids[places]
+                for one in (roomy, growing):
+                    one.batch_select_indices(places)
+    for mine, theirs in zip(roomy.layers, growing.layers, strict=True):
+        assert type(mine) is kv_cache.RoomyLayer and type(theirs) is DynamicLayer
+        for own, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            assert own is not None and other is not None
+            assert own.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+            assert torch.equal(own, other.to(own.dtype))
+
+
+def test_layers_of_another_kind_keep_their_cache() -> None:
+    model = windowed()
+    assert not any(isinstance(one, kv_cache.RoomyLayer) for one in kv_cache.roomy_cache(model.config).layers)

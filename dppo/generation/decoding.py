@@ -155,7 +155,7 @@ class Rows:
     """The rows of a batch, each a prompt and what was written behind it, with the cache of keys and values."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
-        from transformers import DynamicCache
+        from dppo.generation.kv_cache import roomy_cache
 
         self._model = model
         self.device = next(model.parameters()).device
@@ -168,7 +168,7 @@ class Rows:
             mask[row, width - len(prompt) :] = 1
         self._token_ids, self._mask = token_ids.to(self.device), mask.to(self.device)
         self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        self._cache = DynamicCache(config=model.config)
+        self._cache = roomy_cache(model.config)
 
     def logits(self) -> Tensor:
         """(rows, vocabulary) fp32, of the token that follows in each row: one pass over what is not in the cache."""
