@@ -1,71 +1,46 @@
 """How the claims about speed are measured: ``python -m benchmarks [--only NAME ...] [--json FILE]``.
 
 Every row compares two things in one run, in turn, so that a machine whose speed drifts cannot decide: the ratio of
-each round is taken, and best and median of the rounds are printed. ``benchmarks.artifacts`` measures the cache alone,
-``benchmarks.parity`` compares losses and gradients with TRL's.
+each round is taken. A ratio is how many times the first one's time the second one takes: above 1 the first is faster.
+
+Without further options everything is made with the embedded default model. The others take a real one:
+``--model smollm2_135m``, and real pairs: ``--pairs FOLDER``, in UltraFeedback's layout. ``benchmarks.artifacts``
+measures the cache alone, ``benchmarks.sweep`` a search against independent runs, ``benchmarks.parity`` compares losses
+and gradients with TRL's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from benchmarks.against_trl import memory, trl
+from benchmarks.generation import generation
+from benchmarks.growth import growth
+from benchmarks.rows import Row, alternate
+from benchmarks.setting import Setting
+from benchmarks.steps import step
 
 
-@dataclass(frozen=True)
-class Row:
-    """``first`` against ``second``: seconds (best, median) of both, and the rounds' median ratio first / second."""
-
-    name: str
-    first: str
-    second: str
-    first_best: float
-    first_median: float
-    second_best: float
-    second_median: float
-    ratio_median: float
-    rounds: int
-
-
-def alternate(
-    name: str, first: tuple[str, Callable[[], object]], second: tuple[str, Callable[[], object]], rounds: int
-) -> Row:
-    """Time two actions in turn after one warm-up of each."""
-    seconds: dict[str, list[float]] = {first[0]: [], second[0]: []}
-    for number in range(rounds + 1):
-        for label, action in (first, second):
-            started = time.perf_counter()
-            action()
-            if number:
-                seconds[label].append(time.perf_counter() - started)
-    own, other = seconds[first[0]], seconds[second[0]]
-    ratios = [a / b for a, b in zip(own, other, strict=True)]
-    return Row(
-        name,
-        first[0],
-        second[0],
-        min(own),
-        statistics.median(own),
-        min(other),
-        statistics.median(other),
-        statistics.median(ratios),
-        rounds,
-    )
-
-
-def python(*arguments: str, cwd: Path | None = None) -> Callable[[], object]:
+def python(*arguments: str, environment: dict[str, str] | None = None) -> Callable[[], object]:
     def run() -> object:
-        return subprocess.run([sys.executable, *arguments], cwd=cwd, check=True, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
 
     return run
 
@@ -81,55 +56,18 @@ def startup(rounds: int) -> list[Row]:
     ]
 
 
-def step(rounds: int) -> list[Row]:
-    """One forward and backward pass of the default model: packed against padded, two and three responses."""
-    import torch
-
-    from dppo.batches import collate
-    from dppo.config import compose, load
-    from dppo.data.encoding import ChatEncoder
-    from dppo.logps import ResponseScorer
-    from dppo.types import EncodedExample, EncodedResponse
-
-    experiment = load(compose([]))
-    encoder = ChatEncoder(experiment.model.load_tokenizer())
-    pairs = encoder.encode(experiment.dataset.pairs("train")[:8], None).examples
-    chats = encoder.encode(experiment.dataset.chats("train")[:16], None).examples
-    three: list[EncodedExample] = []
-    for pair in pairs:
-        chosen = pair.responses[0]
-        third = EncodedResponse(chosen.response_id[::-1], "generated", chosen.token_ids[::-1], None)
-        three.append(EncodedExample(pair.example_id, pair.prompt_id, pair.prompt_ids, (*pair.responses, third)))
-    rows = []
-    for name, examples in (("16 chats", chats), ("8 pairs", pairs), ("8 pairs with y_gen", three)):
-        batch = collate(list(examples))
-
-        def action(scorer: ResponseScorer, batch: Any = batch) -> Callable[[], object]:
-            def run() -> None:
-                scorer.zero_grad()
-                scorer(batch).sum.sum().backward()
-
-            return run
-
-        torch.manual_seed(0)
-        packed = ResponseScorer(experiment.model.load_model(0), "packed")
-        padded = ResponseScorer(experiment.model.load_model(0), "padded")
-        rows.append(alternate(f"step, {name}", ("packed", action(packed)), ("padded", action(padded)), rounds * 4))
-    return rows
-
-
 def default_job(rounds: int) -> list[Row]:
     """The main job with another alpha on a warm cache, against a cold cache; one cold run each round."""
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         number = iter(range(1_000_000))
 
-        def cold() -> None:
+        def cold(small_pages: bool = False) -> None:
             where = Path(folder) / f"cold-{next(number)}"
-            python("-m", "dppo", f"cache.dir={where}", f"hydra.run.dir={where}/run")()
+            pages = {"THP_MEM_ALLOC_ENABLE": "0"} if small_pages else {}
+            python("-m", "dppo", f"cache.dir={where}", f"hydra.run.dir={where}/run", environment=pages)()
             result = json.loads((where / "run" / "result.json").read_text())
             stages = ", ".join(f"{item['stage']} {item['seconds']:.1f}" for item in result["timings"]["stages"])
-            print(f"  cold: {stages}; total {result['timings']['total_seconds']:.1f} s")
+            print(f"  cold: {stages}; total {result['timings']['total_seconds']:.1f} s", flush=True)
 
         shared = Path(folder) / "shared"
         python("-m", "dppo", f"cache.dir={shared}", f"hydra.run.dir={shared}/first")()
@@ -139,41 +77,100 @@ def default_job(rounds: int) -> list[Row]:
             run = shared / f"run-{alpha}"
             python("-m", "dppo", f"alpha={alpha}", f"cache.dir={shared}", f"hydra.run.dir={run}")()
 
-        rows.append(
-            alternate("default job", ("another alpha, warm cache", warm), ("cold cache", cold), max(1, rounds // 2))
-        )
-    return rows
+        few = max(1, rounds // 2)
+        return [
+            alternate("default job", ("another alpha, warm cache", warm), ("cold cache", cold), few),
+            alternate("default job", ("huge pages", cold), ("small pages", functools.partial(cold, True)), few),
+        ]
 
 
-BENCHMARKS = {"startup": startup, "step": step, "default_job": default_job}
+HERE: dict[str, Callable[[int], list[Row]]] = {"startup": startup, "default_job": default_job}
+ON_A_MODEL: dict[str, Callable[[Setting, int], list[Row]]] = {
+    "step": step,
+    "generation": generation,
+    "growth": growth,
+    "trl": trl,
+    "memory": memory,
+}
+_PACKAGES = ("torch", "transformers", "trl", "llama-cpp-python")
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    processor = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": processor,
+        "cpus": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _lines(file: str) -> list[str]:
+    return Path(file).read_text().splitlines() if Path(file).exists() else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    names = [*HERE, *ON_A_MODEL]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", nargs="*", choices=sorted(BENCHMARKS), default=list(BENCHMARKS))
+    parser.add_argument("--only", nargs="*", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--json", type=Path, default=None, help="where the rows are written")
+    parser.add_argument("--model", default="tiny", help="an option of the group model")
+    parser.add_argument("--pairs", type=Path, default=None, help="pairs in UltraFeedback's layout; else made up")
+    parser.add_argument("--max-length", type=int, default=160, help="tokens of a prompt and its longer answer")
+    parser.add_argument("--cache-dir", default="outputs/cache", help="where a converted model is kept")
     chosen = parser.parse_args(argv)
-    machine = {
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "load_average": os.getloadavg()[0],
-    }
-    print("  ".join(f"{key}={value}" for key, value in machine.items()))
+    # As python -m dppo does; whoever is measured in this process has it too.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    found = machine()
+    print("  ".join(f"{key}={value}" for key, value in found.items()), flush=True)
+    setting = Setting(chosen.model, chosen.pairs, chosen.max_length, chosen.cache_dir)
     rows: list[Row] = []
     for name in chosen.only:
-        rows += BENCHMARKS[name](chosen.rounds)
-    print(f"{'what':<24}{'first':<28}{'second':<16}{'best s':>16}{'median s':>16}{'ratio':>8}{'n':>4}")
-    for row in rows:
-        best = f"{row.first_best:.3f}/{row.second_best:.3f}"
-        median = f"{row.first_median:.3f}/{row.second_median:.3f}"
-        print(
-            f"{row.name:<24}{row.first:<28}{row.second:<16}{best:>16}{median:>16}{row.ratio_median:>8.2f}{row.rounds:>4}"
-        )
-    if chosen.json is not None:
-        chosen.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2))
+        made = HERE[name](chosen.rounds) if name in HERE else ON_A_MODEL[name](setting, chosen.rounds)
+        print(f"\n{name}" + ("" if name in HERE else f": {setting.words}"), flush=True)
+        print(_table(made), flush=True)
+        rows += made
+        if chosen.json is not None:  # after each part, so that an interruption loses one
+            written = {"machine": found, "arguments": vars(chosen), "rows": [asdict(row) for row in rows]}
+            chosen.json.write_text(json.dumps(written, indent=2, default=str))
     return 0
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = [("what", "first", "second", "best", "median", "unit", "ratio", "of best", "of CPU", "n", "")]
+    for row in rows:
+        digits = 0 if row.unit == "MiB" else 3
+        lines.append(
+            (
+                row.name,
+                row.first,
+                row.second,
+                f"{row.first_best:.{digits}f} {row.second_best:.{digits}f}",
+                f"{row.first_median:.{digits}f} {row.second_median:.{digits}f}",
+                row.unit,
+                f"{row.ratio_median:.2f}",
+                f"{row.ratio_best:.2f}",
+                "" if row.ratio_cpu is None else f"{row.ratio_cpu:.2f}",
+                str(row.rounds),
+                row.note,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 if __name__ == "__main__":

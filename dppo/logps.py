@@ -139,7 +139,8 @@ class ResponseScorer(nn.Module):
         """(N,) log-probs of ``targets`` (N,) from hidden states (N, hidden), never all logits at once."""
         head, cap = self.head, self.logit_cap
         n_logits = hidden.shape[0] * head.weight.shape[0]
-        kept = _LOGITS_PER_CHUNK if self._base.is_gradient_checkpointing else _LOGITS_KEPT
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self._base.modules())
+        kept = _LOGITS_PER_CHUNK if checkpointing else _LOGITS_KEPT
         if torch.is_grad_enabled() and n_logits <= kept:
             return _token_log_probs(hidden, targets, head, cap)
         chunk = _places_per_chunk(head)

@@ -1,0 +1,260 @@
+"""A DPO step and its memory against TRL's DPOTrainer. Needs ``pip install -c constraints.txt '.[trl]'``."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.rows import Row, Timing, compared, now, since
+from benchmarks.setting import BATCH_SIZE, SEED, Setting, encoder_of, experiment, in_order
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dppo.types import EncodedExample, PreferenceExample
+
+# TRL's own settings, and the fastest that its documentation offers with the same numbers.
+TRL: dict[str, Mapping[str, Any]] = {
+    "TRL default": {},
+    "TRL best": {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
+    "TRL best, fp32": {"bf16": False, "gradient_checkpointing": False, "precompute_ref_log_probs": True},
+}
+
+
+def trl(setting: Setting, rounds: int) -> list[Row]:
+    """The steps of TRL's DPOTrainer and of dppo's loop, in turn, on the same batches of one training run each."""
+    rows = []
+    for name in TRL:
+        series, losses = _steps_in_turn(setting, name, rounds)
+        for label in ("dppo fp32", "dppo bf16"):
+            worst = max(abs(a - b) / abs(b) for a, b in zip(losses[label], losses[name], strict=True))
+            note = f"losses differ by at most {worst:.0e}"
+            rows.append(compared("DPO step", (label, series[label]), (name, series[name]), note))
+    return rows
+
+
+def _steps_in_turn(setting: Setting, name: str, rounds: int) -> tuple[dict[str, list[Timing]], dict[str, list[float]]]:
+    """Seconds and losses of every step behind the first one, by contender.
+
+    All train the same model from the same weights. TRL's trainer runs as it is; each of its steps hands over to
+    dppo's loops, which stand still in coroutines of the same thread, so that all share one pool of threads.
+    """
+    from greenlet import greenlet
+    from transformers import TrainerCallback
+
+    pairs = in_order(setting, BATCH_SIZE * (rounds + 1))
+    series: dict[str, list[Timing]] = {}
+    losses: dict[str, list[float]] = {}
+    main = greenlet.getcurrent()
+    loops: list[greenlet] = []
+    for precision in ("fp32", "bf16"):
+        label = f"dppo {precision}"
+        losses[label], series[label] = [], []
+        started: list[Timing] = []
+
+        def step(row: Mapping[str, float], label: str = label, started: list[Timing] = started) -> None:
+            if started:
+                series[label].append(since(started.pop()))
+            losses[label].append(row["train/loss"])
+            main.switch()
+            started.append(now())
+
+        one = greenlet(functools.partial(_dppo_run, setting, pairs, precision, step))
+        loops.append(one)
+    own: list[Timing] = []
+    series[name], losses[name] = own, []
+
+    class InTurn(TrainerCallback):
+        begun: Timing
+
+        def on_step_begin(self, *arguments: object, **keywords: object) -> None:
+            self.begun = now()
+
+        def on_step_end(self, *arguments: object, **keywords: object) -> None:
+            own.append(since(self.begun))
+            for loop in loops:
+                loop.switch()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trl_trainer(setting, pairs, name, Path(folder))
+        trainer.add_callback(InTurn())
+        trainer.train()
+    losses[name] = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    for loop in loops:
+        while not loop.dead:
+            loop.switch()
+    # The first step of each is its warm-up.
+    return {label: timings[-rounds:] for label, timings in series.items()}, losses
+
+
+def _dppo_run(
+    setting: Setting, pairs: Sequence[PreferenceExample], precision: str, step: Callable[[Mapping[str, float]], None]
+) -> None:
+    from accelerate import Accelerator
+
+    from dppo.config import compose, load
+    from dppo.loop import train
+
+    words = [f"train.precision={precision}", "train.deterministic=false", f"train.batch_size={BATCH_SIZE}"]
+    words += ["loss=dpo", "beta=0.1", "train.steps=null", "train.epochs=1", "train.learning_rate=1e-6"]
+    words += ["train.schedule=constant", "train.warmup_ratio=0", "train.evaluate_every=null", "train.max_length=null"]
+    words += ["train.log_every=1", "train.checkpoint_every=null"]
+    phase = load(compose(words), words).phases["main"]
+    encoded = encoder_of(setting).encode(pairs, None).examples
+    model = experiment(setting).model.load_model(0)
+    with tempfile.TemporaryDirectory() as folder:
+        train(
+            model,
+            phase.loss,
+            encoded,
+            phase.train,
+            seed=SEED,
+            accelerator=Accelerator(cpu=True),
+            log=step,
+            checkpoints=Path(folder),
+            reference=_reference(model, encoded, precision),
+        )
+
+
+def _reference(model: PreTrainedModel, encoded: Sequence[EncodedExample], precision: str) -> Any:
+    """Log-probs of the answers under ``model`` as it is, as the reference stage stores them."""
+    import torch
+
+    from dppo.batches import collate
+    from dppo.logps import ResponseScorer
+
+    scorer = ResponseScorer(model, "packed")
+    stored: dict[tuple[str, str], Any] = {}
+    for at in range(0, len(encoded), BATCH_SIZE):
+        batch = collate(encoded[at : at + BATCH_SIZE])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            found = scorer(batch)
+        stored.update(zip(batch.response_keys, found.tokens.split(found.lengths.tolist()), strict=True))
+    return lambda keys: [stored[key] for key in keys]
+
+
+def _trl_trainer(setting: Setting, pairs: Sequence[PreferenceExample], name: str, folder: Path) -> Any:
+    from datasets import Dataset, disable_progress_bars
+    from transformers import PrinterCallback
+    from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]
+
+    disable_progress_bars()
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": SEED,
+        **TRL[name],
+    }
+    model = experiment(setting).model.load_model(0)
+    given = {"model": model} | ({} if "precompute_ref_log_probs" in TRL[name] else {"ref_model": copy.deepcopy(model)})
+    trainer = DPOTrainer(
+        **given,
+        args=DPOConfig(**arguments),
+        train_dataset=Dataset.from_list([_row(pair) for pair in pairs]),
+        processing_class=experiment(setting).model.load_tokenizer(),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _row(pair: PreferenceExample) -> dict[str, Any]:
+    """A pair as a conversation in TRL's columns."""
+    turns = [{"role": turn.role, "content": turn.content} for turn in pair.prompt.messages]
+    answers: dict[str, Any] = {one.role: [{"role": "assistant", "content": one.text}] for one in pair.responses}
+    return {"prompt": turns, **answers}
+
+
+def memory(setting: Setting, rounds: int) -> list[Row]:
+    """How far three steps raise a fresh process above what it held before the model was loaded, MiB."""
+    del rounds  # the same every time
+    found = {}
+    for name in (*TRL, "dppo fp32", "dppo bf16"):
+        words = ["--memory-of", name, "--max-length", str(setting.max_length), "--cache-dir", setting.cache_dir]
+        words += ["--model", setting.model]
+        words += [] if setting.pairs is None else ["--pairs", str(setting.pairs)]
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.against_trl", *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "THP_MEM_ALLOC_ENABLE": "1" if name not in TRL else "0"},
+        )
+        found[name] = float(done.stdout.split()[-1])
+    return [
+        Row(
+            "peak memory",
+            own,
+            name,
+            first_best=found[own],
+            first_median=found[own],
+            second_best=found[name],
+            second_median=found[name],
+            ratio_median=found[name] / found[own],
+            ratio_best=found[name] / found[own],
+            ratio_cpu=None,
+            rounds=1,
+            unit="MiB",
+        )
+        for own in ("dppo fp32", "dppo bf16")
+        for name in TRL
+    ]
+
+
+def _memory_of(setting: Setting, name: str) -> float:
+    pairs = in_order(setting, 3 * BATCH_SIZE)
+    if name in TRL:
+        import trl  # noqa: F401  its import is not a step
+    import accelerate  # noqa: F401
+
+    before = _resident("VmRSS")
+    # The peak of this process so far; the file resets it.
+    Path("/proc/self/clear_refs").write_text("5")
+    if name in TRL:
+        with tempfile.TemporaryDirectory() as folder:
+            _trl_trainer(setting, pairs, name, Path(folder)).train()
+    else:
+        _dppo_run(setting, pairs, name.removeprefix("dppo "), lambda row: None)
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> float:
+    """MiB of this process in memory: now (VmRSS) or at most (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return float(line.split()[1]) / 1024
+    raise SystemExit(f"/proc/self/status has no {key}; this is measured on Linux only")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One contender's memory, in a process of its own."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.against_trl", description=__doc__)
+    parser.add_argument("--memory-of", required=True, choices=[*TRL, "dppo fp32", "dppo bf16"])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--pairs", type=Path, default=None)
+    parser.add_argument("--max-length", type=int, required=True)
+    parser.add_argument("--cache-dir", required=True)
+    chosen = parser.parse_args(argv)
+    print(_memory_of(Setting(chosen.model, chosen.pairs, chosen.max_length, chosen.cache_dir), chosen.memory_of))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
