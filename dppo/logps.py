@@ -218,7 +218,7 @@ class ResponseScorer(nn.Module):
         try:
             inputs = self._inputs(batch)
             found = torch.cat(list(self._logits(inputs))).log_softmax(-1)
-            if self.packing == "packed" and set(inputs.model["dppo_layout"].grid.masks) != self._windows(batch):
+            if self.packing == "packed" and inputs.model["dppo_layout"].windows != self._windows(batch):
                 return "it has local attention that the packed layout does not know"
         except Exception as error:  # whatever a model that cannot take this way runs into
             return (str(error).splitlines() or [type(error).__name__])[0]
