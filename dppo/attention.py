@@ -1,13 +1,17 @@
 """Attention over the packed layout: every response sees its prompt and, causally, itself.
 
 A flat row holds several examples, each a prompt once and its responses behind it. The attention function is
-registered with transformers and gets the layout of the row from the scorer in ``dppo.logps``.
+registered with transformers and gets the layout of the row from the scorer in ``dppo.logps``. Two kernels with the
+same numbers: ``sdpa`` calls torch's scaled_dot_product_attention for parts of the row, ``flex`` runs FlexAttention
+once over the whole row with a block mask.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +19,17 @@ from torch.nn import functional as F
 
 from dppo.types import Batch
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Kernel = Literal["sdpa", "flex"]
+
 SHARED_PROMPT = "dppo_shared_prompt"
 # Up to this length all examples of a row share one attention call, padded to the longest: one call for many short
 # examples beats many small calls. Beyond it the padding costs more than the calls, and each response has its own.
-_SHORT_EXAMPLE = 192
+_SHORT_EXAMPLE = 96
+# FlexAttention skips blocks of so many queries and keys.
+_BLOCK = 128
 
 # What models pass to an attention function beside its tensors that does not change its result. Anything else is
 # refused, so that a model with another kind of attention is noticed and not computed wrongly.
@@ -27,27 +38,31 @@ _HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_at
 
 @dataclass(frozen=True)
 class SharedPromptLayout:
-    """Where the examples of a flat row begin, for the attention function.
+    """Where the examples of a flat row are, for the attention function: one for all layers, with their masks.
 
-    ``examples`` has for each example (prompt start, prompt length, ((response start, length), ...)). ``grid`` is set
-    where all examples are short enough to share one attention call.
+    ``examples`` has for each example, in the row's order, its prompt's length and those of the responses behind it.
+    ``blocks`` is set for FlexAttention, ``grid`` where all examples are short enough to share one call of torch's own.
+    ``windows`` collects the sizes of local attention that the layers ask for; None stands for full attention.
     """
 
-    examples: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
-    grid: Grid | None
+    examples: tuple[tuple[int, tuple[int, ...]], ...]
+    grid: Grid | None = None
+    blocks: Blocks | None = None
+    windows: set[int | None] = field(default_factory=set)
+    _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(batch: Batch) -> SharedPromptLayout:
-        responses: list[list[tuple[int, int]]] = [[] for _ in range(batch.n_examples)]
-        spans = zip(batch.example.tolist(), batch.response_start.tolist(), batch.lengths.tolist(), strict=True)
-        for owner, start, n_tokens in spans:
-            responses[owner].append((start, n_tokens))
-        prompts = zip(batch.prompt_start.tolist(), batch.prompt_length.tolist(), responses, strict=True)
-        examples = tuple((start, n_prompt, tuple(own)) for start, n_prompt, own in prompts)
-        sizes = [n_prompt + sum(n_tokens for _, n_tokens in own) for _, n_prompt, own in examples]
+    def of(batch: Batch, kernel: Kernel) -> SharedPromptLayout:
+        responses: list[list[int]] = [[] for _ in range(batch.n_examples)]
+        for owner, n_tokens in zip(batch.example.tolist(), batch.lengths.tolist(), strict=True):
+            responses[owner].append(n_tokens)
+        examples = tuple(zip(batch.prompt_length.tolist(), map(tuple, responses), strict=True))
+        if kernel == "flex":
+            return SharedPromptLayout(examples, blocks=Blocks.of(examples, batch.positions))
+        sizes = [n_prompt + sum(own) for n_prompt, own in examples]
         longest = max(sizes)
         if longest > _SHORT_EXAMPLE:
-            return SharedPromptLayout(examples, None)
+            return SharedPromptLayout(examples)
         device = batch.token_ids.device
         size = torch.tensor(sizes, device=device)
         column = torch.arange(longest, device=device)
@@ -55,9 +70,9 @@ class SharedPromptLayout:
         place = (batch.prompt_start[:, None] + column).masked_fill(~inside, 0)
         # Segment 0 is the prompt, 1, 2, ... its responses; padding keeps 0 and is never read.
         flat: list[int] = []
-        for _, n_prompt, own in examples:
+        for n_prompt, own in examples:
             flat += [0] * n_prompt
-            for number, (_, n_tokens) in enumerate(own, start=1):
+            for number, n_tokens in enumerate(own, start=1):
                 flat += [number] * n_tokens
         segment = torch.tensor(flat, device=device)[place].masked_fill(~inside, 0)
         visible = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])
@@ -70,6 +85,29 @@ class SharedPromptLayout:
                 visible=visible & (column[None, :] <= column[:, None]),
             ),
         )
+
+    @property
+    def segments(self) -> list[int]:
+        """The lengths of the row's prompts and responses, one behind the other."""
+        return [length for n_prompt, responses in self.examples for length in (n_prompt, *responses)]
+
+    def mask(self, n_queries: int, n_keys: int, window: int | None, like: Tensor) -> Tensor | None:
+        """(n_queries, n_keys) to be added to the scores of queries that are the last of the keys.
+
+        Query i sees all keys before the queries' own and its own up to i; with ``window`` so many at most. None where
+        that is what a causal call without a mask computes, or everything.
+        """
+        if window is not None and window >= n_keys:
+            window = None
+        if window is None and (n_queries == 1 or n_queries == n_keys):
+            return None
+        key = (n_queries, n_keys, window)
+        if key not in self._masks:
+            seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=like.device).tril(n_keys - n_queries)
+            if window is not None:
+                seen = seen.triu(n_keys - n_queries - window + 1)
+            self._masks[key] = _added(seen, like)
+        return self._masks[key]
 
 
 @dataclass(frozen=True)
@@ -84,16 +122,91 @@ class Grid:
     back: Tensor
     position: Tensor
     visible: Tensor
-    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by sliding window, made on first use
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)  # by sliding window, made on first use
 
-    def mask(self, window: int | None) -> Tensor:
-        """(M, 1, L, L) who sees whom when a token sees the last ``window`` positions only, its own included."""
-        if window not in self.masks:
+    def mask(self, window: int | None, like: Tensor) -> Tensor:
+        """(M, 1, L, L) to be added to the scores; a token sees the last ``window`` positions, its own included."""
+        if window not in self._masks:
             visible = self.visible
             if window is not None:
                 visible = visible & (self.position[:, :, None] - self.position[:, None, :] < window)
-            self.masks[window] = visible[:, None]
-        return self.masks[window]
+            self._masks[window] = _added(visible[:, None], like)
+        return self._masks[window]
+
+
+def _added(seen: Tensor, like: Tensor) -> Tensor:
+    """0 where ``seen``, else minus infinity: torch would make it anew from a boolean mask in every call."""
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What FlexAttention is told of a flat row: each token's example, segment of it and position, all (T,).
+
+    Segment 0 is the prompt, 1, 2, ... are its responses.
+    """
+
+    example: Tensor
+    segment: Tensor
+    position: Tensor
+    _masks: dict[int | None, BlockMask] = field(default_factory=dict)  # by sliding window, made on first use
+
+    @staticmethod
+    def of(examples: tuple[tuple[int, tuple[int, ...]], ...], position: Tensor) -> Blocks:
+        owner: list[int] = []
+        segment: list[int] = []
+        lengths: list[int] = []
+        for number, (n_prompt, responses) in enumerate(examples):
+            owner += [number] * (1 + len(responses))
+            segment += range(1 + len(responses))
+            lengths += [n_prompt, *responses]
+        told = torch.tensor([owner, segment], dtype=torch.int32)
+        whole = told.repeat_interleave(torch.tensor(lengths), dim=1).to(position.device)
+        return Blocks(whole[0], whole[1], position.to(torch.int32))
+
+    def visible(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Whether a query sees a key, from their places in the row, as FlexAttention asks it."""
+        example, segment, position = self.example, self.segment, self.position
+
+        def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            own = (segment[key] == 0) | (segment[key] == segment[query])
+            found = (example[key] == example[query]) & own & (key <= query)
+            return found if window is None else found & (position[query] - position[key] < window)
+
+        return seen
+
+    def mask(self, window: int | None) -> BlockMask:
+        """The blocks of the (T, T) scores that are computed; a token sees the last ``window`` positions.
+
+        Made a stripe of queries at a time: torch's own way holds several (T, T) tensors.
+        """
+        if window not in self._masks:
+            from torch.nn.attention.flex_attention import BlockMask
+
+            size, n_tokens = _BLOCK, len(self.position)
+            n_blocks = -(-n_tokens // size)
+            visible, place = self.visible(window), torch.arange(n_tokens, device=self.position.device)
+            counts = []
+            for stripe in place.split(size):
+                seen = visible(place, place, stripe[:, None], place[None, :]).sum(0, dtype=torch.int32)
+                counts.append(F.pad(seen, (0, n_blocks * size - n_tokens)).view(n_blocks, size).sum(1))
+            count = torch.stack(counts)
+            full = count == size * size
+            self._masks[window] = BlockMask.from_kv_blocks(
+                *_listed((count > 0) & ~full),
+                *_listed(full),
+                BLOCK_SIZE=size,
+                mask_mod=visible,
+                seq_lengths=(n_tokens, n_tokens),
+            )
+        return self._masks[window]
+
+
+def _listed(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row (B, B) are wanted, (1, 1, B), and which, those first, (1, 1, B, B)."""
+    number = wanted.sum(1, dtype=torch.int32)
+    order = wanted.to(torch.int32).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return number[None, None], order[None, None].contiguous()
 
 
 def shared_prompt_attention(
@@ -125,13 +238,27 @@ def shared_prompt_attention(
         return output, None
     if attention_mask is None or attention_mask.shape != (1, 1, 1, 1):
         raise TypeError("the packed layout does not know attention with a mask of the model's own")
-    if dppo_layout.grid is not None:
-        return _attend_together(query, key, value, dppo_layout.grid, sliding_window, scaling, dropout), None
-    return _attend_apart(query, key, value, dppo_layout, sliding_window, scaling, dropout), None
+    dppo_layout.windows.add(sliding_window)
+    if dppo_layout.blocks is not None and dropout:
+        raise TypeError("FlexAttention has no dropout")
+    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    # Under autocast the projections give bf16; a rotation in fp32 raises queries and keys again.
+    dtype = value.dtype
+    # On CPUs the backward pass of attention in bf16 takes three times that in fp32.
+    computed = torch.float32 if dtype == torch.bfloat16 and query.device.type == "cpu" else dtype
+    query, key, value = query.to(computed), key.to(computed), value.to(computed)
+    with torch.autocast(query.device.type, enabled=False):
+        if dppo_layout.blocks is not None:
+            output = _attend_in_blocks(query, key, value, dppo_layout.blocks, sliding_window, scaling)
+        elif dppo_layout.grid is not None:
+            output = _attend_together(query, key, value, dppo_layout.grid, sliding_window, options)
+        else:
+            output = _attend_apart(query, key, value, dppo_layout, sliding_window, options)
+    return output.to(dtype), None
 
 
 def _attend_together(
-    query: Tensor, key: Tensor, value: Tensor, grid: Grid, window: int | None, scaling: float | None, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, grid: Grid, window: int | None, options: dict[str, Any]
 ) -> Tensor:
     """All examples in one call, padded to the longest."""
 
@@ -142,13 +269,7 @@ def _attend_together(
         return taken.view(*grid.place.shape, *taken.shape[1:]).transpose(1, 2)
 
     output = F.scaled_dot_product_attention(
-        rows(query),
-        rows(key),
-        rows(value),
-        attn_mask=grid.mask(window),
-        scale=scaling,
-        dropout_p=dropout,
-        enable_gqa=query.shape[1] != key.shape[1],
+        rows(query), rows(key), rows(value), attn_mask=grid.mask(window, query), **options
     )
     return output.transpose(1, 2).flatten(0, 1).index_select(0, grid.back)[None]
 
@@ -159,47 +280,45 @@ def _attend_apart(
     value: Tensor,
     layout: SharedPromptLayout,
     window: int | None,
-    scaling: float | None,
-    dropout: float,
+    options: dict[str, Any],
 ) -> Tensor:
     """One call for every prompt and every response: no padding at any length."""
-    grouped = query.shape[1] != key.shape[1]
-
-    def attend(own: slice, keys: Tensor, values: Tensor) -> Tensor:
-        # The queries are the last of the keys: token i of n sees all before them and its own up to i.
-        n_queries, n_keys = own.stop - own.start, keys.shape[2]
-        local = window is not None and window < n_keys
-        mask = None
-        if local or 1 < n_queries < n_keys:
-            mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=keys.device).tril(n_keys - n_queries)
-            if window is not None and local:
-                mask = mask.triu(n_keys - n_queries - window + 1)
-        return F.scaled_dot_product_attention(
-            query[:, :, own],
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None and n_queries > 1,
-            scale=scaling,
-            dropout_p=dropout,
-            enable_gqa=grouped,
-        )
-
+    # One split: the backward pass of a slice fills a tensor as long as the whole row.
+    queries, keys, values = (iter(flat.split(layout.segments, dim=2)) for flat in (query, key, value))
     parts: list[Tensor] = []
-    for start, length, responses in layout.examples:
-        prompt = slice(start, start + length)
-        prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
-        parts.append(attend(prompt, prompt_key, prompt_value))
-        for begin, n_tokens in responses:
-            own = slice(begin, begin + n_tokens)
-            parts.append(
-                attend(
-                    own,
-                    torch.cat([prompt_key, key[:, :, own]], dim=2),
-                    torch.cat([prompt_value, value[:, :, own]], dim=2),
-                )
-            )
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+    def attend(own: Tensor, seen: Tensor, read: Tensor) -> None:
+        mask = layout.mask(own.shape[2], seen.shape[2], window, own)
+        causal = mask is None and own.shape[2] > 1
+        found = F.scaled_dot_product_attention(own, seen, read, attn_mask=mask, is_causal=causal, **options)
+        parts.append(found.transpose(1, 2))
+
+    for _, responses in layout.examples:
+        prompt_key, prompt_value = next(keys), next(values)
+        attend(next(queries), prompt_key, prompt_value)
+        for _ in responses:
+            own_key, own_value = next(keys), next(values)
+            attend(next(queries), torch.cat([prompt_key, own_key], 2), torch.cat([prompt_value, own_value], 2))
+    return torch.cat(parts, dim=1)
+
+
+def _attend_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, window: int | None, scaling: float | None
+) -> Tensor:
+    """One call for the whole row."""
+    attend = _flex_attention(compiled=query.device.type == "cuda")
+    grouped = query.shape[1] != key.shape[1]
+    output = attend(query, key, value, block_mask=blocks.mask(window), scale=scaling, enable_gqa=grouped)
+    return output.transpose(1, 2)
+
+
+@cache
+def _flex_attention(*, compiled: bool) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend = cast("Callable[..., Tensor]", flex_attention)
+    # Rows differ in length: one kernel for all lengths.
+    return torch.compile(attend, dynamic=True) if compiled else attend
 
 
 def register_shared_prompt_attention() -> None:

@@ -84,6 +84,7 @@ class TrainSettings:
     max_grad_norm: float
     tokens_per_micro_batch: int
     packing: Literal["packed", "padded"]
+    attention: Literal["auto", "sdpa", "flex"]
     precision: Literal["fp32", "bf16"]
     dropout: float
     activation_checkpointing: bool
@@ -117,6 +118,9 @@ class TrainSettings:
         require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "must be > 0")
         require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "must be > 0")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
+        flex = self.attention == "flex"
+        require(not flex or self.packing == "packed", "attention", self.attention, "needs packing=packed")
+        require(not flex or self.dropout == 0, "attention", self.attention, "has no dropout: needs dropout=0")
         require(
             self.save == "last" or self.evaluate_every is not None,
             "save",
@@ -129,6 +133,7 @@ class TrainSettings:
         kept = dataclasses.asdict(self)
         for key in (
             "tokens_per_micro_batch",
+            "attention",  # the kernel that it comes to is among the numerics
             "activation_checkpointing",
             "log_every",
             "checkpoint_every",
@@ -136,6 +141,18 @@ class TrainSettings:
         ):
             del kept[key]
         return kept
+
+    def kernel(self, device: str) -> Literal["sdpa", "flex"]:
+        """What computes attention on a type of device, if the model can take it. Raises UserError if that has no flex.
+
+        FlexAttention has no backward pass elsewhere than on CUDA, and no dropout.
+        """
+        if self.attention == "flex" and device != "cuda":
+            raise UserError(
+                f"train.attention=flex: needs a CUDA device, this run is on {device}; choose train.attention=auto"
+            )
+        able = device == "cuda" and self.packing == "packed" and self.dropout == 0
+        return "flex" if able and self.attention != "sdpa" else "sdpa"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dppo.attention import SHARED_PROMPT, SharedPromptLayout, register_shared_prompt_attention
+from dppo.attention import SHARED_PROMPT, Kernel, SharedPromptLayout, register_shared_prompt_attention
 from dppo.batches import collate
 from dppo.types import Batch, EncodedExample, EncodedResponse, ResponseLogps
 
@@ -54,18 +54,20 @@ class ResponseScorer(nn.Module):
     """A causal LM that returns the log-prob of every response token of a ``Batch``.
 
     ``packing`` is the layout in use: ``padded`` also where ``packed`` was asked for and the model cannot take it.
+    ``kernel`` computes the attention of packed rows: ``sdpa`` also where ``flex`` was asked for and cannot.
     ``own_logits`` says that the model's logits are more than its head applied to its final states (it scales them,
     for instance), so that they come from its own forward pass, all of a batch at once.
     """
 
-    def __init__(self, model: PreTrainedModel, packing: Literal["packed", "padded"]) -> None:
+    def __init__(self, model: PreTrainedModel, packing: Literal["packed", "padded"], kernel: Kernel = "sdpa") -> None:
         super().__init__()
         self.model = model
         self.packing: Literal["packed", "padded"] = packing
+        self.kernel: Kernel = kernel
         self.own_logits = False
         register_shared_prompt_attention()
         self._own_attention = self._base.config._attn_implementation
-        self._choose_way(packing)
+        self._choose_way(packing, kernel)
 
     @property
     def _base(self) -> PreTrainedModel:
@@ -121,7 +123,7 @@ class ResponseScorer(nn.Module):
             "position_ids": batch.positions[None],
             # A 4-D mask is handed through as it is: it spares building a (T, T) mask that the layout makes needless.
             "attention_mask": torch.zeros(1, 1, 1, 1, device=batch.token_ids.device),
-            "dppo_layout": SharedPromptLayout.of(batch),
+            "dppo_layout": SharedPromptLayout.of(batch, self.kernel),
         }
         return _Inputs(inputs, torch.zeros_like(batch.predict_from), batch.predict_from)
 
@@ -153,7 +155,7 @@ class ResponseScorer(nn.Module):
 
     # --- which way of computing ------------------------------------------------------------------------------------
 
-    def _choose_way(self, asked: Literal["packed", "padded"]) -> None:
+    def _choose_way(self, asked: Literal["packed", "padded"], kernel: Kernel) -> None:
         """Take the fastest way of computing that gives the model's own log-probs on a small batch.
 
         The model's own forward pass over padded rows is the truth: what stands on the right of a token changes
@@ -162,30 +164,40 @@ class ResponseScorer(nn.Module):
         base = self._base
         device = next(base.parameters()).device
         batch = _small_batch(cast("nn.Embedding", base.get_input_embeddings()).num_embeddings).to(device)
-        ways: list[tuple[Literal["packed", "padded"], bool]] = [("padded", False), ("padded", True)]
+        ways: list[tuple[Literal["packed", "padded"], Kernel, bool]] = [
+            ("padded", "sdpa", False),
+            ("padded", "sdpa", True),
+        ]
         unpackable: str | None = None
+        inflexible: str | None = None
         if asked == "packed" and base._supports_attention_backend:
-            ways = [("packed", False), ("packed", True), *ways]
+            ways = [("packed", "sdpa", False), ("packed", "sdpa", True), *ways]
+            if kernel == "flex":
+                ways = [("packed", "flex", False), ("packed", "flex", True), *ways]
         elif asked == "packed":
             unpackable = "its attention cannot be replaced"
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                self._use("padded", own_logits=True)
+                self._use("padded", "sdpa", own_logits=True)
                 truth = torch.cat(list(self.logits(batch))).log_softmax(-1)
-                for packing, own_logits in ways:
-                    self._use(packing, own_logits=own_logits)
+                for packing, found, own_logits in ways:
+                    self._use(packing, found, own_logits=own_logits)
                     fault = self._fault(batch, truth)
                     if fault is None:
                         break
-                    if packing == "packed":
+                    if found == "flex":
+                        inflexible = fault
+                    elif packing == "packed":
                         unpackable = fault
         finally:
             self.model.train(training)
         said = []
         if self.packing != asked:
             said.append(f"{unpackable}, so every response is computed behind its own copy of the prompt")
+        elif self.kernel != kernel:
+            said.append(f"FlexAttention cannot be used ({inflexible}), so its attention is torch's own")
         if self.own_logits:
             said.append(
                 "its logits are not its LM head's alone, so those of a micro-batch are all held in memory at once"
@@ -206,8 +218,8 @@ class ResponseScorer(nn.Module):
             if changed:
                 base.set_attn_implementation(SHARED_PROMPT)
 
-    def _use(self, packing: Literal["packed", "padded"], *, own_logits: bool) -> None:
-        self.packing, self.own_logits = packing, own_logits
+    def _use(self, packing: Literal["packed", "padded"], kernel: Kernel, *, own_logits: bool) -> None:
+        self.packing, self.kernel, self.own_logits = packing, kernel, own_logits
         if self._base._supports_attention_backend:
             self._base.set_attn_implementation(SHARED_PROMPT if packing == "packed" else self._own_attention)
 
@@ -219,8 +231,12 @@ class ResponseScorer(nn.Module):
         try:
             inputs = self._inputs(batch)
             found = torch.cat(list(self._logits(inputs))).log_softmax(-1)
-            if self.packing == "packed" and set(inputs.model["dppo_layout"].grid.masks) != self._windows(batch):
+            if self.packing == "packed" and inputs.model["dppo_layout"].windows != self._windows(batch):
                 return "it has local attention that the packed layout does not know"
+            weights = [weight for weight in self._base.parameters() if weight.requires_grad]
+            if self.kernel == "flex" and weights:  # its backward pass is another kernel, with needs of its own
+                with torch.enable_grad():
+                    torch.autograd.grad(next(self._logits(self._inputs(batch))).sum(), weights, allow_unused=True)
         except Exception as error:  # whatever a model that cannot take this way runs into
             return (str(error).splitlines() or [type(error).__name__])[0]
         off = float((found - truth).abs().max() / truth.std(-1).mean())

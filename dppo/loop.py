@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from dppo.attention import Kernel
 from dppo.batches import batches, collate, micro_batches
 from dppo.config import TrainSettings
 from dppo.errors import Pruned
@@ -54,8 +55,8 @@ ReferenceLogps = Callable[[Sequence[tuple[str, str]]], Sequence[Tensor]]
 
 Metrics = dict[str, float | int]
 
-ScorerOf = Callable[["PreTrainedModel", Literal["packed", "padded"]], ResponseScorer]
-"""Wraps a model for training in a layout."""
+ScorerOf = Callable[["PreTrainedModel", Literal["packed", "padded"], Kernel], ResponseScorer]
+"""Wraps a model for training in a layout, with what computes its attention."""
 
 
 class Interrupted(Exception):
@@ -313,7 +314,7 @@ def train(
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    scorer = scorer_of(model, settings.packing)
+    scorer = scorer_of(model, settings.packing, settings.kernel(accelerator.device.type))
     prepared = accelerator.prepare(scorer)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimiser = torch.optim.AdamW(

@@ -61,7 +61,7 @@ def scored(scorer: ResponseScorer, examples: list[EncodedExample]) -> Tensor:
 # --- equal to the model's own ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("short_example", [192, 8], ids=["together", "apart"])
+@pytest.mark.parametrize("short_example", [96, 8], ids=["together", "apart"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_layouts_give_the_models_own_log_probs_and_gradients(
     family: str, short_example: int, monkeypatch: pytest.MonkeyPatch
@@ -86,7 +86,7 @@ def test_both_layouts_give_the_models_own_log_probs_and_gradients(
             close(value, slope[name], what=name)
 
 
-@pytest.mark.parametrize(("short_example", "taken"), [(192, "_attend_together"), (8, "_attend_apart")])
+@pytest.mark.parametrize(("short_example", "taken"), [(96, "_attend_together"), (8, "_attend_apart")])
 def test_the_packed_layout_computes_every_token_once(
     short_example: int, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +171,7 @@ EXAMPLES = st.lists(st.tuples(TOKENS, st.lists(TOKENS, min_size=1, max_size=4)),
 NEIGHBOURS = llama(seed=1)
 
 
-@pytest.mark.parametrize("short_example", [192, 1], ids=["together", "apart"])
+@pytest.mark.parametrize("short_example", [96, 1], ids=["together", "apart"])
 @given(drawn=EXAMPLES, data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_a_response_sees_its_prompt_and_itself_only(
@@ -308,7 +308,7 @@ def gemma3(layer_types: list[str]) -> PreTrainedModel:
     return build(transformers.Gemma3ForCausalLM, config)
 
 
-@pytest.mark.parametrize("short_example", [192, 8], ids=["together", "apart"])
+@pytest.mark.parametrize("short_example", [96, 8], ids=["together", "apart"])
 @pytest.mark.parametrize(
     "model",
     [

@@ -166,6 +166,7 @@ def train_settings(**changes: Any) -> TrainSettings:
         "max_grad_norm": 1.0,
         "tokens_per_micro_batch": 1000,
         "packing": "packed",
+        "attention": "auto",
         "precision": "fp32",
         "dropout": 0.0,
         "activation_checkpointing": False,

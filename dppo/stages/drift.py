@@ -20,7 +20,7 @@ from dppo.evaluation.edits import PairRow, pair_rows
 from dppo.evaluation.win_rates import crossed_mean
 from dppo.logps import ResponseScorer
 from dppo.loop import likelihoods
-from dppo.stages.training import autocast, saved_policy
+from dppo.stages.training import autocast, saved_policy, scorer_like
 from dppo.stages.workbench import WORK
 from dppo.types import Artifact, EncodedExample, Json
 
@@ -49,7 +49,7 @@ def drift_slot(
             "version": VERSION,
             "answers": content_hash(sorted(answers)),
             "pairs": content_hash(sorted(example.example_id for example in pairs)),
-            "numerics": bench.numerics(settings.precision, settings.packing),
+            "numerics": bench.training_numerics(settings),
             **({"own_distribution": True} if own_distribution else {}),
         },
         parents=[policy, reference],
@@ -82,8 +82,8 @@ def drift(
     )
 
     def build(started: Build) -> None:
-        own = ResponseScorer(saved_policy(bench, policy), settings.packing)
-        other = ResponseScorer(saved_policy(bench, reference), settings.packing)
+        own = scorer_like(bench, saved_policy(bench, policy), settings)
+        other = scorer_like(bench, saved_policy(bench, reference), settings)
         with autocast(bench, settings.precision):
             kl = exact_kl(own, other, answers, settings.tokens_per_micro_batch)
             means, rows = _held_out(own, other, pairs, settings.tokens_per_micro_batch)

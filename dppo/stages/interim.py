@@ -12,7 +12,7 @@ from dppo.evaluation.drift import exact_kl
 from dppo.evaluation.win_rates import crossed_mean, crossed_rate, outcomes
 from dppo.logps import ResponseScorer
 from dppo.loop import Metrics
-from dppo.stages.training import autocast, saved_policy
+from dppo.stages.training import autocast, saved_policy, scorer_like
 from dppo.types import Artifact, Generation, Prompt
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def interim_win_rate(
             with autocast(bench, train.precision):
                 moved = exact_kl(
                     policy,
-                    ResponseScorer(saved_policy(bench, reference), train.packing),
+                    scorer_like(bench, saved_policy(bench, reference), train),
                     encoder.answers(prompts, answers),
                     train.tokens_per_micro_batch,
                 )

@@ -55,7 +55,7 @@ def preference_slot(
             "settings": train.identity(),
             "seed": seed,
             "data": data,
-            "numerics": bench.numerics(train.precision, train.packing),
+            "numerics": bench.training_numerics(train),
             **_cut(bench, phase),
             **({} if curve is None else {"curve": curve}),
         },

@@ -10,10 +10,9 @@ import torch
 
 from dppo.batches import collate, micro_batches
 from dppo.config import TrainSettings
-from dppo.logps import ResponseScorer
 from dppo.loop import ReferenceLogps
 from dppo.progress import Progress
-from dppo.stages.training import autocast, saved_policy
+from dppo.stages.training import autocast, saved_policy, scorer_like
 from dppo.stages.workbench import Keep, Workbench
 from dppo.types import Artifact, EncodedExample
 
@@ -31,7 +30,7 @@ def reference_store(bench: Workbench, model: str, settings: TrainSettings) -> St
 
     Precision and layout are those of the training that uses them, so that the log-ratio at step 0 is 0.
     """
-    content = {"version": VERSION, "numerics": bench.numerics(settings.precision, settings.packing)}
+    content = {"version": VERSION, "numerics": bench.training_numerics(settings)}
     return bench.cache.token_store("reference", content, parents=[model])
 
 
@@ -51,7 +50,7 @@ def reference_logps(
     @torch.inference_mode()
     def compute(missing: list[str], keep: Keep[Tokens]) -> None:
         todo = _lacking(examples, set(missing))
-        scorer = ResponseScorer(saved_policy(bench, model), settings.packing).eval()
+        scorer = scorer_like(bench, saved_policy(bench, model), settings).eval()
         with Progress("reference", len(todo), "example") as progress:
             for part in micro_batches(todo, settings.tokens_per_micro_batch * _BUDGET_FACTOR):
                 batch = collate(part).to(bench.device)

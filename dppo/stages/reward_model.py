@@ -70,7 +70,7 @@ def reward_model_slot(
             "settings": settings.train.identity(),
             "data": dataset.identity(),
             "template": encoder.template_text,
-            "numerics": bench.numerics(settings.train.precision, settings.train.packing),
+            "numerics": bench.training_numerics(settings.train),
             **({"model": model.identity()} if base else {}),
         },
         parents=[] if base else [reference],

@@ -35,7 +35,7 @@ def sft_slot(bench: Workbench, model: Model, dataset: Dataset, settings: SftSett
         content |= {
             "data": chats_identity(dataset),
             "settings": train.identity(),
-            "numerics": bench.numerics(train.precision, train.packing),
+            "numerics": bench.training_numerics(train),
         }
     return bench.cache.artifact("sft", content)
 

@@ -41,6 +41,11 @@ def autocast(bench: Workbench, precision: str) -> AbstractContextManager[Any]:
     return torch.autocast(bench.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def scorer_like(bench: Workbench, model: PreTrainedModel, settings: TrainSettings) -> ResponseScorer:
+    """A model with the layout and the attention of the training that its log-probs are compared with."""
+    return ResponseScorer(model, settings.packing, settings.kernel(bench.device.type))
+
+
 def new_policy(bench: Workbench, model: Model, lora: LoraSettings | None, seed: int) -> PreTrainedModel:
     """The base model on the run's device, with fresh adapters if asked for."""
     base = model.load_model(seed)

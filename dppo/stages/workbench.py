@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from dppo.attention import Kernel
+    from dppo.config import TrainSettings
+
 _log = logging.getLogger("dppo")
 _SECONDS_PER_SHARD = 30.0
 # In a manifest, for stages that train nothing: how many responses or prompts its seconds were spent on.
@@ -62,17 +65,24 @@ class Workbench:
         """Only the main process builds, prints and writes; the others wait and read."""
         return bool(self.accelerator.is_main_process)
 
-    def numerics(self, precision: str, packing: Literal["packed", "padded"] | None = None) -> dict[str, Json]:
+    def numerics(
+        self, precision: str, packing: Literal["packed", "padded"] | None = None, kernel: Kernel = "sdpa"
+    ) -> dict[str, Json]:
         """What decides the rounding of log-probs: part of the fingerprint of every stage that runs a model."""
         import torch
 
+        inside_bf16 = (precision, packing, self.device.type) == ("bf16", "packed", "cpu")
         return {
             "precision": precision,
             "packing": packing,
-            "attention": "sdpa",
+            "attention": "sdpa in fp32" if inside_bf16 else kernel,
             "torch": ".".join(torch.__version__.split(".")[:2]),
             "device": self.device.type,
         }
+
+    def training_numerics(self, settings: TrainSettings) -> dict[str, Json]:
+        """The same for what trains, and for whatever is compared with it. Raises UserError."""
+        return self.numerics(settings.precision, settings.packing, settings.kernel(self.device.type))
 
     def say(self, line: str) -> None:
         if self.is_main:
