@@ -1,4 +1,4 @@
-"""Whole runs with tokenised data from the cache: the same to the last bit, and nothing is written that should not be."""
+"""Whole runs with tokenised data from the cache: equal to the last bit, and nothing is written that should not be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers.utils import SAFE_WEIGHTS_NAME as WEIGHTS
 
 from dppo import config, inspect
 from dppo.artifacts import Manifest
@@ -14,7 +15,7 @@ from dppo.data.encoding import EncodedSet
 from dppo.data.kept import Kept
 from dppo.plan import plan
 from tests.conftest import small
-from tests.runs import Finished, run_small
+from tests.test_command_line import typed
 from tests.test_plan import listing
 
 # Pairs and chats enough to be kept; the limit cuts some of them.
@@ -22,57 +23,68 @@ WORDS = ("loss=unll", "penalty=quadratic", "alpha=0.1", "dataset.n_pairs=256", "
 WORDS += ("train.max_length=p95", "sft.train.max_length=60")
 
 
-@pytest.fixture(autouse=True)
-def _a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process."""
     monkeypatch.setattr(encoding, "_encoded", Kept[EncodedSet](8))
 
 
-def left(run: Finished) -> dict[str, object]:
+def ran(monkeypatch: pytest.MonkeyPatch, root: Path) -> Path:
+    """A run through the command line; returns its directory."""
+    words = small(*WORDS, "cache.dir=cache", "hydra.run.dir=run", "device=cpu")
+    assert typed(monkeypatch, root, *words) == 0
+    return root / "run"
+
+
+def left(run: Path) -> dict[str, object]:
     """What a run leaves that has no time in it: numbers, answers, and the hashes of all weights and log-probs."""
-    cache = run.directory.parent / "cache"
-    parents = json.loads((run.directory / "parents.json").read_text())
-    entries = [cache / item["stage"] / item["fingerprint"] for item in parents]
+    parents = json.loads((run / "parents.json").read_text())
+    entries = [run.parent / "cache" / item["stage"] / item["fingerprint"] for item in parents]
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return {
-        **{name: (run.directory / name).read_text() for name in ("samples.jsonl", "pairs.jsonl")},
-        "metrics": [{key: row[key] for key in row if not key.startswith("perf/")} for row in run.metrics],
-        "result": {key: value for key, value in run.result.items() if key != "timings"},
-        "parents": parents,
-        "files": {
-            path.name: {name: file.sha256 for name, file in Manifest.read(path).files.items() if "safetensors" in name}
-            for path in entries
+        **{name: (run / name).read_text() for name in ("samples.jsonl", "pairs.jsonl")},
+        "metrics": [{key: row[key] for key in row if "second" not in key} for row in rows],
+        "result": {
+            key: value for key, value in json.loads((run / "result.json").read_text()).items() if key != "timings"
         },
+        "parents": parents,
+        "weights": [Manifest.read(path).files[WEIGHTS].sha256 for path in entries if (path / WEIGHTS).exists()],
         "shards": sorted(shard.name for path in entries for shard in path.glob("shards/*")),
     }
 
 
-def test_a_run_is_the_same_with_and_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = run_small(tmp_path / "kept", *WORDS)
-    assert len(list((tmp_path / "kept" / "cache").glob("tokens/*/shards/*"))) == 2
-    monkeypatch.setattr(encoding, "_encoded", Kept[EncodedSet](8))
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose tokens came from files of the cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        forget(patch)
+        run = ran(patch, tmp_path_factory.mktemp("kept"))
+    assert len(list(run.parent.glob("cache/tokens/*/shards/*"))) == 2
+    return run
+
+
+def test_a_run_is_the_same_with_and_without_it(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch)
     monkeypatch.setattr(tokenised, "_LEAST", 10**9)
-    plain = run_small(tmp_path / "plain", *WORDS)
-    assert not (tmp_path / "plain" / "cache" / "tokens").exists()
+    plain = ran(monkeypatch, tmp_path)
+    assert not (tmp_path / "cache" / "tokens").exists()
     assert left(kept) == left(plain)
-    assert left(kept)["files"] and left(kept)["shards"]
+    assert len(left(kept)["weights"]) == 2 and left(kept)["shards"]  # type: ignore[arg-type]
 
 
 def test_dry_runs_and_inspect_read_it_and_write_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = tmp_path / "cache"
-    words = [word for word in small(*WORDS, f"cache.dir={cache}", "device=cpu") if "penalty" not in word]
-
-    def look() -> tuple[object, str]:
-        monkeypatch.setattr(encoding, "_encoded", Kept[EncodedSet](8))
-        experiment = config.load(config.compose(words), words)
-        steps = plan(experiment).steps
-        monkeypatch.setattr(encoding, "_encoded", Kept[EncodedSet](8))
+    def look(cache: Path) -> str:
+        words = [*small(*WORDS), f"cache.dir={cache}", "device=cpu"]
+        forget(monkeypatch)
+        plan(config.load(config.compose(words), words))
+        forget(monkeypatch)
         capsys.readouterr()
         assert inspect.main([*words, "n=2"]) == 0
-        return steps, capsys.readouterr().out
+        return capsys.readouterr().out
 
-    before = look()
-    assert not cache.exists()
-    experiment = config.load(config.compose(words), words)
-    kept = tokenised.Tokenised(encoding.Cache(cache), experiment.dataset.identity())  # type: ignore[attr-defined]
-    del kept
+    cache = kept.parent / "cache"
+    before = listing(cache)
+    assert look(tmp_path / "cache") == look(cache)
+    assert not (tmp_path / "cache").exists()
+    assert listing(cache) == before
