@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from dppo import config, startup
+from dppo import config, startup, threads
 from dppo.artifacts import ReadOnly
 from dppo.command_line import EXIT_FAILED, Parser, aligned, command
 from dppo.data import CountedDataset, Dataset, examples_for
@@ -66,7 +66,7 @@ class _Stage:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 for overlapping splits, or 2 for a user's error."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked tokenizers would warn
+    threads.for_tokenizers(threads.cores())
     startup.begin()  # no model is loaded: most of the time is starting
     try:
         return _inspect(argv)

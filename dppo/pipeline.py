@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from dppo import __version__, on_policy, results
+from dppo import __version__, on_policy, results, threads
 from dppo.artifacts import Cache
 from dppo.artifacts.manifest import Manifest
 from dppo.artifacts.stores import n_rows
@@ -710,6 +710,7 @@ def workbench(cache_dir: str, device: str) -> Workbench:
         raise UserError("device=mps: not available on this machine; choose device=cpu or device=auto")
     if device.startswith("xpu") and not torch.xpu.is_available():
         raise UserError(f"device={device}: this machine has no XPU device; choose device=cpu or device=auto")
+    threads.settle()
     if ":" in device:
         getattr(torch, device.partition(":")[0]).set_device(int(device.partition(":")[2]))
     return Workbench(Cache(Path(cache_dir)), Accelerator(cpu=device == "cpu"))
