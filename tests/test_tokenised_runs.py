@@ -19,8 +19,15 @@ from tests.test_command_line import typed
 from tests.test_plan import listing
 
 # Pairs and chats enough to be kept; the limit cuts some of them.
-WORDS = ("loss=unll", "penalty=quadratic", "alpha=0.1", "dataset.n_pairs=256", "dataset.n_chats=320")
-WORDS += ("train.max_length=p95", "sft.train.max_length=60")
+WORDS = (
+    "loss=unll",
+    "penalty=quadratic",
+    "alpha=0.1",
+    "dataset.n_pairs=256",
+    "dataset.n_chats=320",
+    "train.max_length=p95",
+    "sft.train.max_length=60",
+)
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
