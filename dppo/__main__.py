@@ -175,8 +175,6 @@ def _main() -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import InterpolationResolutionError
 
-    # One BLAS and tokenizer thread pool is enough; forked tokenizers would warn on every run.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # train.deterministic on CUDA: cuBLAS reads this before its first call.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Memory for tensors on the CPU in pages of 2 MiB where Linux has them: a new tensor's pages cost a fault each.

@@ -11,14 +11,17 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from dppo import config, startup
+from dppo import config, startup, threads
+from dppo.artifacts import ReadOnly
 from dppo.command_line import EXIT_FAILED, Parser, aligned, command
 from dppo.data import CountedDataset, Dataset, examples_for
 from dppo.data.encoding import ChatEncoder, EncodedSet, percentile
 from dppo.data.on_policy import OnPolicy
 from dppo.data.subsets import nested_subset
+from dppo.data.tokenised import Tokenised
 from dppo.errors import UserError
 from dppo.rewards import PairwiseReward, Reward
 from dppo.rewards.bradley_terry import BradleyTerry
@@ -63,7 +66,7 @@ class _Stage:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 for overlapping splits, or 2 for a user's error."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked tokenizers would warn
+    threads.for_tokenizers(threads.cores())
     startup.begin()  # no model is loaded: most of the time is starting
     try:
         return _inspect(argv)
@@ -77,7 +80,8 @@ def _inspect(argv: Sequence[str] | None) -> int:
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     experiment = config.from_words(words)
     dataset, stages = experiment.dataset, _stages(experiment)
-    encoder = ChatEncoder(experiment.model.load_tokenizer())
+    kept = Tokenised(ReadOnly(Path(experiment.cache.dir)), dataset.identity())
+    encoder = ChatEncoder(experiment.model.load_tokenizer(), kept)
     print(f"data {type(dataset).__name__}, tokenizer of {type(experiment.model).__name__}, split {split}")
     rows = functools.cache(functools.partial(_rows, dataset, experiment.reward))
     found = [_encoded(dataset, rows, encoder, stage, split) for stage in stages]

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from dppo import __version__, on_policy, results
+from dppo import __version__, on_policy, results, threads
 from dppo.artifacts import Cache
 from dppo.artifacts.manifest import Manifest
 from dppo.artifacts.stores import n_rows
@@ -28,6 +28,7 @@ from dppo.data.kept import Kept
 from dppo.data.on_policy import OnPolicy
 from dppo.data.shapes import one_row_per_prompt, with_answers_of_the_row_before, with_answers_to_other_prompts
 from dppo.data.subsets import nested_subset
+from dppo.data.tokenised import Tokenised
 from dppo.errors import Pruned, UserError
 from dppo.evaluation.edits import after_edit
 from dppo.generation import OneAnswer, decoding_of
@@ -206,7 +207,7 @@ def penalty_strength(experiment: Experiment) -> dict[str, float | int]:
     )
     bench = _workbench(experiment)
     bench.cache.check_writable()
-    encoder = ChatEncoder(experiment.model.load_tokenizer())
+    encoder = chat_encoder(experiment, bench.cache)
     if experiment.init_from is None:
         reference = start = sft(bench, experiment.model, experiment.dataset, experiment.sft, encoder)
     else:
@@ -240,7 +241,7 @@ def _stages(
     training = _training_rows(experiment)
     for line in _kept_apart(experiment, training):
         bench.say(line)
-    encoder = ChatEncoder(experiment.model.load_tokenizer())
+    encoder = chat_encoder(experiment, bench.cache)
     evaluation = experiment.evaluation
     prompts = _evaluation_prompts(experiment)
     experiment.reward.check(prompts)
@@ -689,6 +690,11 @@ def _evaluation_prompts(experiment: Experiment) -> list[Prompt]:
     return prompts
 
 
+def chat_encoder(experiment: Experiment, cache: Cache) -> ChatEncoder:
+    """The encoder of a run, with the tokenised data that the cache has of its data set."""
+    return ChatEncoder(experiment.model.load_tokenizer(), Tokenised(cache, experiment.dataset.identity()))
+
+
 def _workbench(experiment: Experiment) -> Workbench:
     return workbench(experiment.cache.dir, experiment.device)
 
@@ -704,6 +710,7 @@ def workbench(cache_dir: str, device: str) -> Workbench:
         raise UserError("device=mps: not available on this machine; choose device=cpu or device=auto")
     if device.startswith("xpu") and not torch.xpu.is_available():
         raise UserError(f"device={device}: this machine has no XPU device; choose device=cpu or device=auto")
+    threads.settle()
     if ":" in device:
         getattr(torch, device.partition(":")[0]).set_device(int(device.partition(":")[2]))
     return Workbench(Cache(Path(cache_dir)), Accelerator(cpu=device == "cpu"))

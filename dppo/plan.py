@@ -17,14 +17,13 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from dppo import on_policy, pipeline, results
-from dppo.artifacts import Cache, Damaged, Manifest, Slot, Store, fingerprint, maintenance, short
+from dppo.artifacts import Damaged, Manifest, ReadOnly, Slot, Store, fingerprint, maintenance, short
 from dppo.artifacts.layout import Entry, Layout
 from dppo.cache import size
 from dppo.command_line import aligned, duration
 from dppo.config import Experiment, Phase
 from dppo.data.encoding import ChatEncoder
 from dppo.data.on_policy import OnPolicy
-from dppo.errors import UserError
 from dppo.loop import checkpoint_step, n_steps
 from dppo.models import Model, n_parameters
 from dppo.rewards import Reward
@@ -123,9 +122,9 @@ def plan(experiment: Experiment, *, also_built: Collection[str] = ()) -> Plan:
     """
     results.check_objectives(experiment.objectives)
     bench = pipeline._workbench(experiment)
-    bench.cache = _ReadOnly(bench.cache.root, bench.cache.verify)
+    bench.cache = ReadOnly(bench.cache.root, bench.cache.verify)
     training = pipeline._training_rows(experiment)
-    encoder = ChatEncoder(experiment.model.load_tokenizer())
+    encoder = pipeline.chat_encoder(experiment, bench.cache)
     prompts = pipeline._evaluation_prompts(experiment)
     experiment.reward.check(prompts)
     planner = _Planner(experiment, bench, encoder, frozenset(also_built))
@@ -167,13 +166,6 @@ def _total(text: str, any_known: bool, unknown: Sequence[str]) -> str:
     if not unknown:
         return f"about {text}"
     return f"at least {text}" if any_known else "an unknown amount"
-
-
-class _ReadOnly(Cache):
-    """A cache in which nothing can be made: no entry, no lock, no directory."""
-
-    def make(self, name: str) -> Path:
-        raise UserError(f"{self.root / name}: a dry run makes no files")
 
 
 # --- the stages of a run, as in the pipeline -------------------------------------------------------------------------

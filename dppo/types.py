@@ -68,12 +68,13 @@ class PreferenceExample:
 class EncodedResponse:
     """A response as token ids, end-of-turn token included unless it was cut at a limit.
 
-    ``response_id`` is a hash of the token ids; with the prompt's id it is the key of stored log-probs.
+    ``response_id`` is a hash of the token ids; with the prompt's id it is the key of stored log-probs. ``token_ids``
+    are a tuple, or equal to one where they lie in a file of the cache.
     """
 
     response_id: str
     role: Role
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     score: float | None = None
 
 
@@ -83,7 +84,7 @@ class EncodedExample:
 
     example_id: str
     prompt_id: str
-    prompt_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
     responses: tuple[EncodedResponse, ...]
 
     @property

@@ -165,7 +165,7 @@ def test_every_token_is_laid_out_once_and_predicted_by_the_one_before_it(example
     place = iter(batch.predict_from.tolist())
     for item in examples:
         for answer in item.responses:
-            sequence = item.prompt_ids + answer.token_ids
+            sequence = (*item.prompt_ids, *answer.token_ids)
             for position in range(len(item.prompt_ids), len(sequence)):
                 before = next(place)
                 assert batch.token_ids[before] == sequence[position - 1]

@@ -100,7 +100,7 @@ def test_a_reward_is_read_at_the_last_token_whatever_stands_around_it(family: st
     head = model.reward_head.weight[0].double()
     examples = mixed()
     expected = [
-        float(model.base_model(torch.tensor([one.prompt_ids + answer.token_ids])).last_hidden_state[0, -1] @ head)
+        float(model.base_model(torch.tensor([[*one.prompt_ids, *answer.token_ids]])).last_hidden_state[0, -1] @ head)
         for one in examples
         for answer in one.responses
     ]

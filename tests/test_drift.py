@@ -38,7 +38,7 @@ def naive(policy: PreTrainedModel, reference: PreTrainedModel, answers: list[Enc
     """KL at every position of every answer, from the models' own logits and the definition."""
     found = []
     for item in answers:
-        token_ids = torch.tensor([item.prompt_ids + item.responses[0].token_ids])
+        token_ids = torch.tensor([[*item.prompt_ids, *item.responses[0].token_ids]])
         with torch.no_grad():
             p = cast("Any", policy)(token_ids).logits[0].softmax(-1)
             q = cast("Any", reference)(token_ids).logits[0].softmax(-1)

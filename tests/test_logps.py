@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import pytest
@@ -186,7 +186,7 @@ def test_a_response_sees_its_prompt_and_itself_only(
     item = examples[owner]
     changed = data.draw(st.integers(-1, len(item.responses) - 1))
 
-    def other(token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    def other(token_ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(3 + (token - 2) % (VOCABULARY - 3) for token in token_ids)
 
     if changed < 0:

@@ -58,5 +58,5 @@ def test_text_is_read_as_the_tokens_it_was_made_of() -> None:
     tokenizer = parity.tokenizer()
     for example in parity.pairs():
         for answer in example.responses:
-            ids = example.prompt_ids + answer.token_ids
+            ids = [*example.prompt_ids, *answer.token_ids]
             assert tokenizer(parity.text(ids))["input_ids"] == list(ids)

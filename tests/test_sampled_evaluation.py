@@ -171,7 +171,7 @@ def test_log_ratios_are_those_of_whole_answers(monkeypatch: pytest.MonkeyPatch) 
     expected = []
     for item in answers:
         (response,) = item.responses
-        ids = torch.tensor([item.prompt_ids + response.token_ids])
+        ids = torch.tensor([[*item.prompt_ids, *response.token_ids]])
         with torch.no_grad():
             own, other = (model(ids).logits[0].log_softmax(-1) for model in (policy, reference))
         places = range(len(item.prompt_ids) - 1, ids.shape[1] - 1)

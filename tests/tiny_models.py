@@ -134,7 +134,7 @@ def own_log_probs(model: PreTrainedModel, examples: Sequence[EncodedExample]) ->
     found = []
     for item in examples:
         for response in item.responses:
-            token_ids = torch.tensor([item.prompt_ids + response.token_ids])
+            token_ids = torch.tensor([[*item.prompt_ids, *response.token_ids]])
             log_probs = cast("Any", model)(input_ids=token_ids).logits[0].log_softmax(-1)
             for place in range(len(item.prompt_ids), token_ids.shape[1]):
                 found.append(log_probs[place - 1, token_ids[0, place]])

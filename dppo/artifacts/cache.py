@@ -11,8 +11,12 @@ from dppo.artifacts.layout import STAGE, Layout, identify
 from dppo.artifacts.manifest import Damaged, Manifest, artifact_problem
 from dppo.artifacts.slots import Slot
 from dppo.artifacts.stores import JsonRows, Store, TokenRows, Tokens
+from dppo.artifacts.token_ids import IdRow, IdRows
+from dppo.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dppo.types import Json
 
 
@@ -48,3 +52,15 @@ class Cache(Layout):
     def token_store(self, stage: str, content: object, parents: Sequence[str] = ()) -> Store[Tokens]:
         """A growing store of ragged fp32 rows (n_tokens,): reference log-probs."""
         return Store(self, *identify(stage, content, parents), format=TokenRows())
+
+    def id_store(self, stage: str, content: object, parents: Sequence[str] = ()) -> Store[IdRow]:
+        """A growing store of token ids, mapped to memory when they are read: tokenised examples."""
+        return Store(self, *identify(stage, content, parents), format=IdRows())
+
+
+@dataclass(frozen=True)
+class ReadOnly(Cache):
+    """A cache in which nothing can be made: no entry, no lock, no directory."""
+
+    def make(self, name: str) -> Path:
+        raise UserError(f"{self.root / name}: nothing is made here, only looked at")

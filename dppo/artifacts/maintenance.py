@@ -20,6 +20,7 @@ from dppo.artifacts.manifest import Damaged, Manifest, artifact_problem
 from dppo.artifacts.stores import APPEND, JsonRows, RowFormat, TokenRows, n_rows, shard_keys
 from dppo.errors import UserError
 
+# To check a shard its keys must be read, which is the same for all formats with one suffix.
 _FORMATS: dict[str, RowFormat[Any]] = {f".{JsonRows.suffix}": JsonRows(), f".{TokenRows.suffix}": TokenRows()}
 _STALE = 86400.0  # seconds after which a temporary file belongs to nobody: each is written at one go
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dppo.types import Json
 
 NAME = "manifest.json"
-Kind = Literal["artifact", "json rows", "token rows"]
+Kind = Literal["artifact", "json rows", "token rows", "token ids"]
 _PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "numpy", "safetensors")
 
 

@@ -96,11 +96,28 @@ def _parse_key(text: bytes) -> str:
     return str(json.loads(text)) if b"\\" in text else text[1:-1].decode("ascii")
 
 
-class TokenRows:
-    """One fp32 value a token: ragged rows end to end in safetensors, with their lengths and keys."""
+class SafetensorsRows:
+    """Shards in safetensors, whose tensor ``keys`` holds the keys of the rows in JSON."""
+
+    suffix = "safetensors"
+
+    def keys(self, path: Path) -> list[str]:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="numpy") as file:
+            keys: list[str] = json.loads(file.get_tensor("keys").tobytes())
+        return keys
+
+
+def packed(value: Json) -> npt.NDArray[np.uint8]:
+    """A JSON value as a tensor of bytes."""
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+class TokenRows(SafetensorsRows):
+    """One fp32 value a token: ragged rows end to end in safetensors, with their lengths."""
 
     kind: manifests.Kind = "token rows"
-    suffix = "safetensors"
 
     def encode(self, rows: Mapping[str, Tokens]) -> bytes:
         from safetensors.numpy import save
@@ -112,18 +129,11 @@ class TokenRows:
                 raise ValueError(f"row {key!r}: holds NaN or infinity")
         return save(
             {
-                "keys": np.frombuffer(json.dumps(list(rows)).encode(), np.uint8),
+                "keys": packed(list(rows)),
                 "lengths": np.array([len(row) for row in rows.values()], np.int64),
                 "values": np.concatenate([*rows.values(), np.zeros(0, np.float32)]),
             }
         )
-
-    def keys(self, path: Path) -> list[str]:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="numpy") as file:
-            keys: list[str] = json.loads(file.get_tensor("keys").tobytes())
-        return keys
 
     def rows(self, path: Path, indices: Sequence[int]) -> list[Tokens]:
         from safetensors import safe_open

@@ -11,6 +11,8 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
+import json
 import math
 import re
 from collections import Counter
@@ -18,15 +20,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dppo.artifacts import IdRow
 from dppo.data.ids import ID_DIGITS, content_hash
 from dppo.data.kept import Kept
 from dppo.data.rows import listed
+from dppo.data.tokenised import Tokenised
 from dppo.errors import UserError
-from dppo.types import EncodedExample, EncodedResponse, Generation, Message, PreferenceExample, Prompt
+from dppo.types import EncodedExample, EncodedResponse, Generation, Json, Message, PreferenceExample, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+VERSION = 1  # of how texts become ids: part of what names tokenised data in the cache
 _TEXTS_PER_CALL = 1024  # the tokenizer keeps about 100 bytes a token while it works on a call
 # For templates that write today's date into the prompt, put before them: the same day in every run.
 _FIXED_DAY = (
@@ -78,11 +83,13 @@ class ChatEncoder:
     """Prompts and responses as token ids of one model.
 
     Control tokens are written by the template only: in the text of a turn their spellings become ordinary tokens.
+    ``kept`` is where ``encode`` finds and keeps what it tokenises; None: in this process only.
     Raises UserError if the tokenizer has no chat template, or one that cannot be used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kept: Tokenised | None = None) -> None:
         self.tokenizer = tokenizer
+        self._kept = kept
         if not tokenizer.chat_template:
             of = f" ({tokenizer.name_or_path})" if tokenizer.name_or_path else ""
             raise UserError(
@@ -95,8 +102,9 @@ class ChatEncoder:
         special = {*tokenizer.all_special_tokens, *(token.content for token in added.values() if token.special)}
         written = {token.content for token in added.values() if token.content in self.template_text}
         control = {token for token in special | written if len(token.strip()) > 1}
-        # Longest first; without control tokens nothing matches.
-        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
+        # Longest first, and in one order in all processes; without control tokens nothing matches.
+        spelled = sorted(control, key=lambda token: (-len(token), token))
+        self._control = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
         # One integer object for each id, shared by all examples: 60,000 pairs would take gigabytes otherwise.
         self._ids = tuple(range(max(len(tokenizer), *added, 0) + 1))
         # Where a model expects a token before any text, and the template does not write it.
@@ -104,7 +112,7 @@ class ChatEncoder:
         self._first = plain[:1] if plain[0] == tokenizer.bos_token_id else ()
         self._end, self._suffix, self._turn_end = self._learn_end_of_turn()
         example = self._template((Message("user", "question"),), for_generation=True)
-        self._prompt_control = tuple(set(self._control.findall(example)))
+        self._prompt_control = tuple(sorted(set(self._control.findall(example))))
 
     @functools.cached_property
     def end_of_turn_ids(self) -> frozenset[int]:
@@ -190,25 +198,63 @@ class ChatEncoder:
         # One without a backend in Rust can't be told from its copy.
         return str(backend.to_str()) if backend is not None else str(id(self.tokenizer))
 
+    @functools.cached_property
+    def _decides_ids(self) -> dict[str, Json]:
+        """What decides the ids of a text, in every process: all of the tokenizer and of what was learnt from it."""
+        tokenizer = self.tokenizer
+        learnt = [self._control.pattern, self._first, self._end, self._suffix, self._turn_end, self._prompt_control]
+        of_python = [tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", None)]
+        parts = [
+            self._tokenizer_text(),
+            self.template_text,
+            json.dumps([learnt, of_python], sort_keys=True, default=str),
+        ]
+        packages = ("tokenizers", "transformers", "jinja2")
+        return {
+            "version": VERSION,
+            "tokenizer": hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:ID_DIGITS],
+            **{package: importlib.metadata.version(package) for package in packages},
+        }
+
+    def _rows(self, examples: Sequence[PreferenceExample]) -> Sequence[IdRow]:
+        """The ids of every example, whole."""
+        if self._kept is None or getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            return self._tokenised(examples)
+        return self._kept.rows(self._decides_ids, examples, self._tokenised)
+
+    def _tokenised(self, examples: Sequence[PreferenceExample]) -> list[IdRow]:
+        chats: list[_Rendered | TemplateRefusal] = []
+        for example in examples:
+            try:
+                chats.append(self._render(example.prompt.messages, [one.text for one in example.responses]))
+            except TemplateRefusal as refusal:
+                chats.append(refusal)
+        rendered = [chat for chat in chats if isinstance(chat, _Rendered)]
+        prompts, answers = iter(self._prompts(rendered)), iter(self._answers(rendered))
+        found = []
+        for chat in chats:
+            if isinstance(chat, TemplateRefusal):
+                found.append(IdRow((), (), str(chat)))
+            else:
+                sequences = (next(prompts), *(next(answers) for _ in chat.answers))
+                found.append(IdRow(sequences, tuple(map(response_id, sequences))))
+        return found
+
     def _encode(self, examples: Sequence[PreferenceExample], max_length: int | str | None, key: str) -> EncodedSet:
         if not examples:
             raise UserError("there are no examples to tokenise")
         left_out: Counter[str] = Counter()
-        kept, chats = [], []
-        for example in examples:
-            try:
-                chats.append(self._render(example.prompt.messages, [one.text for one in example.responses]))
-                kept.append(example)
-            except TemplateRefusal as error:
-                left_out[f"refused by the chat template ({error})"] += 1
-        prompts, answers = self._prompts(chats), iter(self._answers(chats))
         whole = []
-        for example, prompt in zip(kept, prompts, strict=True):
-            responses = []
-            for response in example.responses:
-                token_ids = next(answers)
-                responses.append(EncodedResponse(response_id(token_ids), response.role, token_ids, response.score))
-            whole.append(EncodedExample(example.example_id, example.prompt.prompt_id, prompt, tuple(responses)))
+        for example, row in zip(examples, self._rows(examples), strict=True):
+            if row.refusal is not None:
+                left_out[f"refused by the chat template ({row.refusal})"] += 1
+                continue
+            prompt, *answers = row.sequences
+            responses = tuple(
+                EncodedResponse(identifier, response.role, token_ids, response.score)
+                for response, token_ids, identifier in zip(example.responses, answers, row.hashes[1:], strict=True)
+            )
+            whole.append(EncodedExample(example.example_id, example.prompt.prompt_id, prompt, responses))
         limit, origin = self._limit(max_length, whole)
         fitting, n_truncated = [], 0
         for one in whole:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from dppo import threads
 from dppo.command_line import EXIT_INTERRUPTED
 from dppo.errors import UserError
 from dppo.search.study import WORKER
@@ -31,12 +32,10 @@ _GRACE = 10
 
 
 def shares(n_jobs: int) -> list[dict[str, str]]:
-    """The environment of each worker: its own GPU where there are any, else its share of the cores."""
-    devices = gpus()
-    if devices:
-        return [{"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} for place in range(n_jobs)]
-    threads = max(1, len(os.sched_getaffinity(0)) // n_jobs) if hasattr(os, "sched_getaffinity") else 1
-    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))} for _ in range(n_jobs)]
+    """The environment of each worker: its share of the cores, and its own GPU where there are any."""
+    devices, threads_each = gpus(), threads.environment(n_jobs)
+    own = [{"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} if devices else {} for place in range(n_jobs)]
+    return [{**threads_each, **one} for one in own]
 
 
 def gpus() -> list[str]:

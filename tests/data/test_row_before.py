@@ -9,7 +9,7 @@ from dppo.types import EncodedExample
 from tests.tiny_models import example
 
 
-def mismatched(examples: Sequence[EncodedExample]) -> dict[str, list[tuple[int, ...]]]:
+def mismatched(examples: Sequence[EncodedExample]) -> dict[str, list[Sequence[int]]]:
     return {
         one.example_id: [answer.token_ids for answer in one.responses if answer.role == "mismatched"]
         for one in examples
