@@ -128,6 +128,7 @@ def plan(experiment: Experiment, *, also_built: Collection[str] = ()) -> Plan:
     encoder = ChatEncoder(experiment.model.load_tokenizer())
     prompts = pipeline._evaluation_prompts(experiment)
     experiment.reward.check(prompts)
+    experiment.generation.check(bench.device)
     planner = _Planner(experiment, bench, encoder, frozenset(also_built))
     _add_stages(planner, training, prompts)
     return Plan(tuple(planner.steps), frozenset(planner.makes))
@@ -396,7 +397,7 @@ def _add_phase(
         curve = pipeline.curve_identity(experiment)
         _, prompts = pipeline.interim_data(experiment, steps, data.held_out)
         if prompts:
-            baseline = answers_store(bench, base, pipeline.answers_decoding(experiment), encoder)
+            baseline = answers_store(bench, base, pipeline.interim_decoding(experiment), encoder)
             _add_rewards(planner, {"baseline": baseline}, prompts)
     data_identity = pipeline.training_data(experiment)
     slot = preference_slot(bench, phase, start, parents, data=data_identity, seed=experiment.seed, curve=curve)
