@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _ENGINE = Path(__file__).with_name("vllm_engine.py")
-# A process that is not asked any more gets so long to end by itself.
+# A process that is not asked any more gets so long to end by itself, and what was killed so long to be gone.
 _SECONDS_TO_END = 20.0
 # What a launcher tells the processes of this run about one another. vLLM would take it for its own.
 _OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -324,6 +324,20 @@ class _Process:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        until = time.monotonic() + _SECONDS_TO_END
+        while _holds_memory(self._process.pid) and time.monotonic() < until:
+            time.sleep(0.02)  # killed is not yet gone, and training wants the memory
         self._process.stdout.close()
         if not self._failed:
             os.unlink(self._log)
+
+
+def _holds_memory(group: int) -> bool:
+    """Whether a process of this group is there, and not only its entry that nobody has collected."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
