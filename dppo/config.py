@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from dppo.data import Dataset
-    from dppo.generation import Greedy
+    from dppo.generation import VLLM, Greedy
     from dppo.models import Model
     from dppo.rewards import PairwiseReward, Reward
     from dppo.tracking import Tracking
@@ -272,7 +272,7 @@ class Experiment:
     model: Model
     dataset: Dataset
     sft: SftSettings
-    generation: Greedy
+    generation: Greedy | VLLM
     phases: Mapping[str, Phase]
     reward: Reward | PairwiseReward
     evaluation: EvaluationSettings
@@ -702,7 +702,7 @@ def _forward_names(cls: type) -> dict[str, Any]:
     if cls not in (Experiment, Phase):
         return {}
     from dppo.data import Dataset
-    from dppo.generation import Greedy
+    from dppo.generation import VLLM, Greedy
     from dppo.models import Model
     from dppo.rewards import PairwiseReward, Reward
     from dppo.tracking import Tracking
@@ -716,4 +716,5 @@ def _forward_names(cls: type) -> dict[str, Any]:
         "PairwiseReward": PairwiseReward,
         "Reward": Reward,
         "Tracking": Tracking,
+        "VLLM": VLLM,
     }

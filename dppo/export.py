@@ -23,7 +23,7 @@ from dppo.terminal import harmless, print_anything
 
 if TYPE_CHECKING:
     from dppo.data.encoding import ChatEncoder
-    from dppo.generation import Greedy
+    from dppo.generation import VLLM, Greedy
     from dppo.stages.workbench import Workbench
     from dppo.types import Artifact
 
@@ -129,7 +129,7 @@ def _export_model(run: Run, who: Who, place: Path, arguments: Namespace) -> None
         remove(building)
 
 
-def _write_generation_settings(folder: Path, encoder: ChatEncoder, settings: Greedy) -> None:
+def _write_generation_settings(folder: Path, encoder: ChatEncoder, settings: Greedy | VLLM) -> None:
     """Those of the run, for tools that read them: greedy, up to any token that ends a turn."""
     from transformers import GenerationConfig
 

@@ -31,7 +31,7 @@ from dppo.data.subsets import nested_subset
 from dppo.data.tokenised import Tokenised
 from dppo.errors import Pruned, UserError
 from dppo.evaluation.edits import after_edit
-from dppo.generation import OneAnswer, decoding_of
+from dppo.generation import OneAnswer, OwnAnswer, decoding_in_training, decoding_of
 from dppo.loop import PERCENT, Interim, Interrupted, Metrics, ReferenceLogps, n_steps
 from dppo.losses.penalised import PenalisedLoss
 from dppo.losses.penalties import Expectile
@@ -245,6 +245,7 @@ def _stages(
     evaluation = experiment.evaluation
     prompts = _evaluation_prompts(experiment)
     experiment.reward.check(prompts)
+    experiment.generation.check(bench.device)
 
     if experiment.init_from is None:
         reference = sft(bench, experiment.model, experiment.dataset, experiment.sft, encoder)
@@ -332,8 +333,13 @@ def _stages(
 
 
 def answers_decoding(experiment: Experiment) -> OneAnswer:
-    """How both models give the answers that are compared, at the end and on the way; y_gen is always greedy."""
+    """How both models give the answers that are compared at the end; y_gen is always greedy."""
     return decoding_of(experiment.generation, experiment.evaluation.sampling)
+
+
+def interim_decoding(experiment: Experiment) -> OwnAnswer:
+    """How both models give those that are compared on the way: the same, but never by an engine of its own."""
+    return decoding_in_training(experiment.generation, experiment.evaluation.sampling)
 
 
 def own_distribution(experiment: Experiment) -> bool:
@@ -412,7 +418,7 @@ def _interim(
     measure = None
     measured: list[Json] = [example.example_id for example in held_out]
     if prompts:
-        decoding = answers_decoding(experiment)
+        decoding = interim_decoding(experiment)
         answered, answers = generate(bench, "baseline", base, prompts, decoding, encoder)
         scored, rewards = interim_rewards(bench, experiment.reward, prompts, answers)
         if settings.metric == "win_rate":
@@ -447,7 +453,7 @@ def curve_identity(experiment: Experiment) -> Json:
         "n_points": settings.n_points,
         "n_prompts": settings.n_prompts,
         "reward": experiment.reward.identity(),
-        "decoding": answers_decoding(experiment).identity(),
+        "decoding": interim_decoding(experiment).identity(),
     }
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from dppo import on_policy, pipeline, results
 from dppo.artifacts import Damaged, Manifest, ReadOnly, Slot, Store, fingerprint, maintenance, short
@@ -49,6 +49,8 @@ from dppo.types import Artifact, EncodedExample, Generation, PreferenceExample, 
 
 if TYPE_CHECKING:
     from dppo.types import Json
+
+T = TypeVar("T")
 
 # An estimate is the median of at most so many measurements, the latest ones.
 _LATEST = 5
@@ -127,6 +129,7 @@ def plan(experiment: Experiment, *, also_built: Collection[str] = ()) -> Plan:
     encoder = pipeline.chat_encoder(experiment, bench.cache)
     prompts = pipeline._evaluation_prompts(experiment)
     experiment.reward.check(prompts)
+    experiment.generation.check(bench.device)
     planner = _Planner(experiment, bench, encoder, frozenset(also_built))
     _add_stages(planner, training, prompts)
     return Plan(tuple(planner.steps), frozenset(planner.makes))
@@ -388,7 +391,7 @@ def _add_phase(
         curve = pipeline.curve_identity(experiment)
         _, prompts = pipeline.interim_data(experiment, steps, data.held_out)
         if prompts:
-            baseline = answers_store(bench, base, pipeline.answers_decoding(experiment), encoder)
+            baseline = answers_store(bench, base, pipeline.interim_decoding(experiment), encoder)
             _add_rewards(planner, {"baseline": baseline}, prompts)
     data_identity = pipeline.training_data(experiment)
     slot = preference_slot(bench, phase, start, parents, data=data_identity, seed=experiment.seed, curve=curve)
@@ -479,8 +482,9 @@ def _kind(stage: str, title: str, inputs: Json, model: Json) -> tuple[_Kind, flo
         subject, scale = "", float(content["n_bootstrap"])
     else:
         numerics = {key: value for key, value in (content.get("numerics") or {}).items() if key != "torch"}
-        subject = None if model is None else fingerprint([model, numerics, _lora(inputs)])
         settings = content.get("decoding")
+        engine = (content.get("decoding") or {}).get("engine")
+        subject = None if model is None else fingerprint([model, numerics, _lora(inputs), engine])
     if stage in _TRAINED and (train := content["settings"]) is not None:
         scale = float(train["batch_size"])
         settings = {
@@ -503,12 +507,24 @@ def _without_numbers(value: Json) -> Json:
     return value
 
 
+@dataclass(frozen=True)
+class _Took:
+    """The seconds that a finished stage took before its first unit of work, and for each.
+
+    ``tokens_per_second`` is what a model wrote, None where none did.
+    """
+
+    before: float
+    each: float
+    tokens_per_second: float | None = None
+
+
 @dataclass
 class _Past:
-    """Measurements of finished stages, oldest first: seconds per unit of work, bytes per artifact or row."""
+    """Measurements of finished stages, oldest first: seconds, and bytes per artifact or row."""
 
     layout: Layout
-    times: list[tuple[_Kind, float]] = field(default_factory=list)
+    times: list[tuple[_Kind, _Took]] = field(default_factory=list)
     sizes: list[tuple[_Kind, float]] = field(default_factory=list)
     manifests: dict[str, Manifest] = field(default_factory=dict)
 
@@ -524,14 +540,17 @@ class _Past:
             if item.rows is None:
                 self.sizes.append((kind, item.bytes))
                 if work := _work(manifest):
-                    self.times.append((kind, manifest.timings["total"] / (work * scale)))
+                    self.times.append((kind, _Took(0.0, manifest.timings["total"] / (work * scale))))
             elif item.rows:
                 self.sizes.append((kind, item.bytes / item.rows))
         for record in _records(self.layout):
             manifest_ = self.manifests.get(record["fingerprint"])
             if manifest_ is not None and record.get("rows"):
                 kind, _ = _kind(manifest_.stage, record["stage"], manifest_.inputs, self.model_of(manifest_))
-                self.times.append((kind, record["seconds"] / record["rows"]))
+                pace = record.get("tokens_per_second")
+                # Loading a model or starting an engine takes as long for one answer as for all.
+                busy = record["tokens"] / pace if pace else record["seconds"]
+                self.times.append((kind, _Took(record["seconds"] - busy, busy / record["rows"], pace)))
 
     def model_of(self, manifest: Manifest) -> Json:
         """The identity of the model that something was made with; None if the cache has lost it."""
@@ -542,19 +561,22 @@ class _Past:
 
     def seconds(self, kind: _Kind, work: float) -> tuple[float | None, str]:
         """(estimate, what it is based on); (None, "") without a measurement of anything like it."""
-        rates, exact = _nearest(self.times, kind)
-        if not rates:
+        found, exact = _nearest(self.times, kind)
+        if not found:
             return None, ""
-        runs = f"{len(rates)} earlier run{'s' if len(rates) != 1 else ''}"
+        runs = f"{len(found)} earlier run{'s' if len(found) != 1 else ''}"
         of = {"scores": " of this reward", "compare": ""}.get(kind.stage, " of this model")
-        return median(rates) * work, f"{runs}{of}{'' if exact else ' with other settings'}"
+        paces = [one.tokens_per_second for one in found if one.tokens_per_second]
+        pace = f", {median(paces):,.0f} tokens/s" if paces else ""
+        seconds = median(one.before + one.each * work for one in found)
+        return seconds, f"{runs}{of}{'' if exact else ' with other settings'}{pace}"
 
     def size(self, kind: _Kind) -> float | None:
         sizes, _ = _nearest(self.sizes, kind)
         return median(sizes) if sizes else None
 
 
-def _nearest(past: Sequence[tuple[_Kind, float]], kind: _Kind) -> tuple[list[float], bool]:
+def _nearest(past: Sequence[tuple[_Kind, T]], kind: _Kind) -> tuple[list[T], bool]:
     """The latest measurements of the nearest kind, and whether their settings are the same."""
     same = [(one, value) for one, value in past if (one.stage, one.subject) == (kind.stage, kind.subject)]
     if kind.subject is None or not same:

@@ -134,8 +134,9 @@ def complete(
     ``training`` by phase {n_examples, steps}; with dataset=on_policy ``on_policy`` by round
     (``on_policy.Preferences.counts``); ``after_edit`` mean token log-prob of chosen answers behind the
     first edit (``evaluation.edits``);
-    ``timings`` {stages: [{stage, fingerprint, seconds, reused, rows (that a growing store got, else null)}],
-    total_seconds}. Intervals are 95 %.
+    ``timings`` {stages: [{stage, fingerprint, seconds, reused, rows (that a growing store got, else null), tokens and
+    tokens_per_second (of answers that a model wrote, loading it apart; else null)}], total_seconds}.
+    Intervals are 95 %.
     """
     return {
         "status": "complete",
@@ -191,6 +192,8 @@ def timings(bench: Workbench) -> dict[str, Any]:
             "seconds": record.seconds,
             "reused": record.reused,
             "rows": record.rows,
+            "tokens": None if record.pace is None else record.pace.tokens,
+            "tokens_per_second": None if record.pace is None else round(record.pace.tokens_per_second, 1),
         }
         for record in bench.records
     ]
@@ -404,6 +407,10 @@ def summary(result: Mapping[str, Any], directory: Path) -> list[str]:
     reused = [item["stage"] for item in result["timings"]["stages"] if item["reused"]]
     total = result["timings"]["total_seconds"]
     lines.append(f"  seconds               {', '.join(seconds) or 'nothing built'}; total {total:.1f}")
+    written = [item for item in result["timings"]["stages"] if item["tokens_per_second"]]
+    if written:
+        paces = [f"{item['stage']} {item['tokens_per_second']:,.0f} ({item['tokens']:,})" for item in written]
+        lines.append(f"  tokens/s (tokens)     {', '.join(paces)}")
     if reused:
         lines.append(f"  reused                {', '.join(reused)}")
     lines += [f"  files                 {directory}", "-" * _WIDTH]

@@ -100,6 +100,13 @@ def test_another_alpha_is_priced_by_what_the_first_run_took(warm: tuple[Path, Pl
     assert rows["preference"]["rows"] is None
     assert rows["answers"]["rows"] == 8
     assert steps["answers"].seconds == pytest.approx(rows["answers"]["seconds"])
+    # Twice the answers take twice the decoding, and load the model once.
+    took, decoding = rows["answers"]["seconds"], rows["answers"]["tokens"] / rows["answers"]["tokens_per_second"]
+    assert decoding < took
+    more = {step.title: step for step in planned(root, "loss=unll", "alpha=0.2", "evaluation.n_prompts=16").steps}
+    assert more["answers"].work == 16
+    assert more["answers"].seconds == pytest.approx(took + decoding)
+    assert more["answers"].basis == f"1 earlier run of this model, {rows['answers']['tokens_per_second']:,.0f} tokens/s"
     assert "about" in lines(other)[-1]
 
 

@@ -27,7 +27,7 @@ from dppo.generation import Greedy, Sampled, decoding_of
 from dppo.logps import ResponseScorer
 from dppo.model_card import model_card
 from dppo.models import load_saved, saved_tokenizer
-from dppo.pipeline import answers_decoding
+from dppo.pipeline import answers_decoding, interim_decoding
 from dppo.report import frontier, overoptimisation
 from tests.conftest import small
 from tests.report.made_runs import gathered
@@ -97,7 +97,7 @@ def test_every_answer_is_the_models_own_draw(runs: tuple[Path, Finished, Finishe
     words = small(*BASE, "evaluation=sampled", f"cache.dir={root / 'cache'}", "device=cpu")
     experiment = config.load(config.compose(words), words)
     prompts = {one.prompt_id: one for one in experiment.dataset.prompts("test")}
-    decoding = dataclasses.replace(answers_decoding(experiment), tokens_per_batch=1)
+    decoding = dataclasses.replace(interim_decoding(experiment), tokens_per_batch=1)
     for who in ("policy", "reference"):
         place = root / "cache" / run.result["models"][who]
         encoder = ChatEncoder(saved_tokenizer(place))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, overload
 
 from dppo.config import SamplingSettings
 from dppo.generation.greedy import Greedy
 from dppo.generation.sampled import Sampled
+from dppo.generation.vllm import VLLM, VLLMSampledOnce
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,27 @@ class SampledOnce(Sampled):
     group: ClassVar[str] = "generation"
 
 
-OneAnswer = Greedy | SampledOnce
+OwnAnswer = Greedy | SampledOnce
+OneAnswer = OwnAnswer | VLLM
 
 
-def decoding_of(settings: Greedy, sampling: SamplingSettings | None) -> OneAnswer:
+@overload
+def decoding_of(settings: Greedy, sampling: SamplingSettings | None) -> OwnAnswer: ...
+@overload
+def decoding_of(settings: Greedy | VLLM, sampling: SamplingSettings | None) -> OneAnswer: ...
+def decoding_of(settings: Greedy | VLLM, sampling: SamplingSettings | None) -> OneAnswer:
     """How the answers that are compared are decoded."""
+    if not isinstance(settings, VLLM):
+        return decoding_in_training(settings, sampling)
+    if sampling is None:
+        return settings
+    return VLLMSampledOnce(**dataclasses.asdict(settings), **dataclasses.asdict(sampling))
+
+
+def decoding_in_training(settings: Greedy | VLLM, sampling: SamplingSettings | None) -> OwnAnswer:
+    """How a model answers whose weights are in this process, and changing: never by an engine of its own."""
+    if isinstance(settings, VLLM):
+        settings = settings.in_training
     if sampling is None:
         return settings
     return SampledOnce(

@@ -17,7 +17,7 @@ from dppo.errors import UserError
 from dppo.types import Generation, Json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Below this share of unfinished rows the batch and its cache are cut down to them: copying the cache costs about one
 # decoding step, so compacting at every single end would cost more than it saves.
@@ -76,12 +76,7 @@ class Decoding(ABC):
         model.eval()
         queue = sorted(prompts, key=lambda prompt: (len(prompt[1]), prompt[0]))
         longest = len(queue[-1][1]) if queue else 0
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and longest + self.max_new_tokens > limit:
-            raise UserError(
-                f"{self.group}.max_new_tokens={self.max_new_tokens}: the longest prompt has {longest} tokens and the "
-                f"model has {limit} positions; choose at most {limit - longest}"
-            )
+        check_positions(self.group, self.max_new_tokens, longest, model.config)
         widths = [self.per_prompt * (len(ids) + self.max_new_tokens) for _, ids in queue]
         for places in padded_batches(widths, self.tokens_per_batch):
             batch = [queue[place] for place in places]
@@ -90,7 +85,7 @@ class Decoding(ABC):
                 answers = self.write(model, batch, end_ids)
             asked = [prompt_id for prompt_id, _ in batch for _ in range(self.per_prompt)]
             yield [
-                _generation(prompt_id, answer, end_ids, decode)
+                generation_of(prompt_id, answer, end_ids, decode)
                 for prompt_id, answer in zip(asked, answers, strict=True)
             ]
 
@@ -143,9 +138,20 @@ class Several(Decoding):
         return self.n_answers
 
 
-def _generation(
+def check_positions(group: str, max_new_tokens: int, longest: int, config: PretrainedConfig) -> None:
+    """Raise UserError if an answer behind a prompt of ``longest`` tokens could grow beyond the model's positions."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UserError(
+            f"{group}.max_new_tokens={max_new_tokens}: the longest prompt has {longest} tokens and the model has "
+            f"{limit} positions; choose at most {limit - longest}"
+        )
+
+
+def generation_of(
     prompt_id: str, answer: list[int], end_ids: frozenset[int], decode: Callable[[Sequence[int]], str]
 ) -> Generation:
+    """An answer from its tokens, the one that ended it included."""
     ended = answer[-1] in end_ids
     text = decode(answer[:-1] if ended else answer)
     return Generation(prompt_id, text, tuple(answer), "eos" if ended else "length")

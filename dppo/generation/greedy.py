@@ -9,6 +9,7 @@ from dppo.generation.decoding import Decoding, Prompts, write_each
 from dppo.types import Json
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -21,6 +22,9 @@ class Greedy(Decoding):
     @property
     def per_prompt(self) -> int:
         return 1
+
+    def check(self, device: torch.device) -> None:
+        """Raise UserError if no answers can be made on this device; these can be made on all."""
 
     def identity(self) -> dict[str, Json]:
         return {"decoding": "greedy", "max_new_tokens": self.max_new_tokens, "precision": self.precision}

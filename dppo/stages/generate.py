@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from dppo.data.encoding import ChatEncoder
-from dppo.generation import OneAnswer, Several
+from dppo.generation import VLLM, OneAnswer, Several
 from dppo.progress import Progress
-from dppo.stages.training import saved_policy
-from dppo.stages.workbench import Keep, Workbench
+from dppo.stages.training import full_model_folder, saved_policy
+from dppo.stages.workbench import Keep, Pace, Workbench
 from dppo.types import Artifact, Generation, Json, Prompt
 
 if TYPE_CHECKING:
@@ -59,16 +61,21 @@ def generate(
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     keys = list(by_id)
 
-    def compute(missing: list[str], keep: Keep[Json]) -> None:
-        policy = saved_policy(bench, model)
+    def compute(missing: list[str], keep: Keep[Json]) -> Pace:
         queue = [(key, encoder.prompt_ids(by_id[key].messages)) for key in missing]
-        with Progress(title, len(queue), "answer") as progress:
-            for answers in settings.generate(policy, queue, encoder.end_of_turn_ids, encoder.decode):
+        with (
+            _answering(bench, model, settings, queue, encoder) as batches,
+            Progress(title, len(queue), "answer") as progress,
+        ):
+            pace = _Stopwatch(progress)
+            for answers in batches:
                 keep({answer.prompt_id: _to_json(answer) for answer in answers})
-                progress.advance(len(answers))
+                pace.add(answers, len(answers))
+            return pace.so_far()
 
+    per_shard = settings.prompts_per_batch if isinstance(settings, VLLM) else _ROWS_PER_SHARD
     detail = f"{len(keys)} answers"
-    artifact = bench.fill(title, store, keys, detail, "to make", compute, rows_per_shard=_ROWS_PER_SHARD)
+    artifact = bench.fill(title, store, keys, detail, "to make", compute, rows_per_shard=per_shard)
     return artifact, stored_answers(store, keys)
 
 
@@ -95,20 +102,60 @@ def candidates(
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     keys = list(by_id)
 
-    def compute(missing: list[str], keep: Keep[Json]) -> None:
-        policy = saved_policy(bench, model)
+    def compute(missing: list[str], keep: Keep[Json]) -> Pace:
         queue = [(key, encoder.prompt_ids(by_id[key].messages)) for key in missing]
-        with Progress("candidates", len(queue), "prompt") as progress:
-            for answers in settings.generate(policy, queue, encoder.end_of_turn_ids, encoder.decode):
+        with (
+            _answering(bench, model, settings, queue, encoder) as batches,
+            Progress("candidates", len(queue), "prompt") as progress,
+        ):
+            pace = _Stopwatch(progress)
+            for answers in batches:
                 found: dict[str, list[Json]] = {}
                 for answer in answers:
                     found.setdefault(answer.prompt_id, []).append(_to_json(answer))
                 keep(found)
-                progress.advance(len(found))
+                pace.add(answers, len(found))
+            return pace.so_far()
 
     detail = f"{settings.n_answers} answers to each of {len(keys)} prompts"
     artifact = bench.fill("candidates", store, keys, detail, "to make", compute, rows_per_shard=_PROMPTS_PER_SHARD)
     return artifact, stored_candidates(store, keys)
+
+
+@contextmanager
+def _answering(
+    bench: Workbench,
+    model: Artifact,
+    settings: OneAnswer | Several,
+    queue: Sequence[tuple[str, Sequence[int]]],
+    encoder: ChatEncoder,
+) -> Iterator[Iterator[list[Generation]]]:
+    """The model's answers to (prompt_id, token ids), batch by batch; it is loaded when the block is entered."""
+    ends, decode = encoder.end_of_turn_ids, encoder.decode
+    if isinstance(settings, VLLM):
+        with (
+            full_model_folder(bench, model) as folder,
+            settings.answering(folder, bench.device, queue, ends, decode) as batches,
+        ):
+            yield batches
+    else:
+        yield settings.generate(saved_policy(bench, model), queue, ends, decode)
+
+
+class _Stopwatch:
+    """The pace of answers from now on, shown behind the progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._tokens, self._started = progress, 0, time.perf_counter()
+
+    def add(self, answers: Sequence[Generation], n: int) -> None:
+        """These answers are there: ``n`` of the units that the progress counts."""
+        self._tokens += sum(len(answer.token_ids) for answer in answers)
+        self._progress.note(f"{self.so_far().tokens_per_second:,.0f} tokens/s")
+        self._progress.advance(n)
+
+    def so_far(self) -> Pace:
+        return Pace(self._tokens, time.perf_counter() - self._started)
 
 
 def _to_json(answer: Generation) -> Json:

@@ -17,7 +17,7 @@ from dppo.types import Artifact, Generation, Prompt
 
 if TYPE_CHECKING:
     from dppo.data.encoding import ChatEncoder
-    from dppo.generation import OneAnswer
+    from dppo.generation import OwnAnswer
     from dppo.stages.workbench import Workbench
 
 
@@ -29,7 +29,7 @@ def interim_win_rate(
     reference: Artifact,
     prompts: Sequence[Prompt],
     rewards: Callable[[Mapping[str, Generation]], tuple[list[float], list[float]]],
-    settings: OneAnswer,
+    settings: OwnAnswer,
     encoder: ChatEncoder,
     train: TrainSettings,
     *,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -122,8 +123,6 @@ def _with_adapters(bench: Workbench, model: PreTrainedModel, lora: LoraSettings 
 
 def _quantised(bench: Workbench, model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in 4-bit NF4 with bf16 arithmetic, by way of a folder that transformers can read."""
-    import tempfile
-
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -183,6 +182,21 @@ def write_model(bench: Workbench, artifact: Artifact, directory: Path) -> None:
     for file in sorted(path.iterdir()):
         if file.is_file() and file.name not in (MANIFEST, METRICS):
             shutil.copyfile(file, directory / file.name)
+
+
+@contextmanager
+def full_model_folder(bench: Workbench, artifact: Artifact) -> Iterator[Path]:
+    """A folder with the full model of an artifact, as transformers reads it, not to be changed.
+
+    Where adapters have to be merged it is a temporary one, gone when the block is left.
+    """
+    path = Path(artifact.path)
+    if not (path / _ADAPTER).exists():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(dir=bench.cache.make(".building")) as folder:
+        write_model(bench, artifact, Path(folder))
+        yield Path(folder)
 
 
 def run_training(

@@ -31,12 +31,28 @@ Keep = Callable[[Mapping[str, Row]], None]
 """Takes finished rows of a store, to be committed in shards."""
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast a model answered: ``tokens`` of all its answers, their end tokens included, in so many ``seconds``.
+
+    Loading the model and starting an engine are not in them.
+    """
+
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)  # a clock may stand still
+
+
 @dataclass
 class Record:
     """What a run did at one stage: how long it took, and whether the cache had it.
 
     ``title`` is what is printed; ``stage`` is where it lies in the cache: y_gen and both models' answers share one.
-    ``rows`` is how many a growing store got from this run, None for an artifact.
+    ``rows`` is how many a growing store got from this run, None for an artifact; ``pace`` is that of rows which a model
+    wrote.
     """
 
     title: str
@@ -45,6 +61,7 @@ class Record:
     seconds: float
     reused: bool
     rows: int | None = None
+    pace: Pace | None = None
 
 
 @dataclass
@@ -146,14 +163,14 @@ class Workbench:
         keys: Sequence[str],
         detail: str,
         todo: str,
-        compute: Callable[[list[str], Keep[Row]], None],
+        compute: Callable[[list[str], Keep[Row]], Pace | None],
         *,
         rows_per_shard: int,
     ) -> Artifact:
         """Have ``compute(missing keys, keep)`` make the rows that a store lacks; the main process does, others wait.
 
         ``keep(rows)`` commits a shard when it has ``rows_per_shard`` rows or the last one is 30 seconds old: that is
-        what a kill can cost. What an exception interrupts is committed too.
+        what a kill can cost. What an exception interrupts is committed too. ``compute`` returns its pace if it has one.
         """
         missing: list[str] = []
         if self.is_main:
@@ -165,7 +182,7 @@ class Workbench:
                     record.rows = len(missing)
                     if missing:
                         with shards(store, rows_per_shard) as keep:
-                            compute(missing, keep)
+                            record.pace = compute(missing, keep)
         self.accelerator.wait_for_everyone()
         return store.artifact(reused=not missing)
 
