@@ -22,7 +22,7 @@ test-cluster: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(JOBS)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from filelock import FileLock
 
 # A whole run in a second or two: a model of a few thousand parameters, a handful of examples, few resamples.
@@ -76,6 +79,27 @@ def once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Non
             build(place)
             place.with_suffix(".done").touch()
     return place
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsed_once() -> Iterator[None]:
+    """Parse a YAML text once a process: tests compose thousands of configurations, of a few dozen files."""
+    parsed: dict[tuple[str, str | bytes], Any] = {}
+    load = yaml.load
+
+    def remembered(stream: Any, Loader: Any) -> Any:
+        text = stream
+        if hasattr(stream, "seek"):
+            text = stream.read()
+            stream.seek(0)  # an error names the file
+        key = (Loader.__name__, text)
+        if key not in parsed:
+            parsed[key] = load(stream, Loader)
+        return copy.deepcopy(parsed[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "load", remembered)
+        yield
 
 
 @pytest.fixture

@@ -138,23 +138,19 @@ def test_the_command_on_real_runs(
     capsys.readouterr()
     assert compare.main([*command[3:], "--metric", "after_edit"]) == 0
     assert f"The SFT model: {results[0]['after_edit']['reference']['value']:.3f}." in capsys.readouterr().out
-    check_head_to_head(tmp_path / "sweep" / "0", tmp_path / "sweep" / "2", tmp_path / "two.json")
-    capsys.readouterr()
+    check_head_to_head(tmp_path / "sweep" / "0", tmp_path / "sweep" / "2", tmp_path / "two.json", capsys)
     for wrong in (["nowhere"], ["sweep", "--baseline", "nope"], ["sweep", "--metric", "nope"]):
         assert compare.main(wrong) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
 
 
-def check_head_to_head(first: Path, second: Path, out: Path) -> None:
+def check_head_to_head(first: Path, second: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The page of two real runs: no colour where nobody looks, and the numbers that the runs told themselves."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dppo.compare", str(first), str(second), "--json", str(out)],
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "\x1b" not in done.stdout
+    assert compare.main([str(first), str(second), "--json", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "\x1b" not in said.out
     found = json.loads(out.read_text())
     by_name = {one["name"]: one for one in found["metrics"]}
     rows = []

@@ -30,6 +30,7 @@ from dppo.types import Message, Prompt
 from tests.conftest import outside, small
 from tests.endpoint_server import Served, completion, serve
 from tests.runs import run_small
+from tests.test_command_line import typed
 
 KEY = "sk-planted-0123456789"
 VARIABLE = "ENDPOINT_TEST_KEY"
@@ -400,15 +401,13 @@ def test_without_the_package_it_says_what_to_install(scorer: Served, monkeypatch
 
 
 def test_a_run_is_scored_by_an_endpoint_and_holds_no_key(
-    scorer: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scorer: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     scorer.faults.extend([500, (429, "0.1"), "drop"])
     words = ["loss=dpo", "train.steps=2", "tracking=jsonl", *quick(scorer.v1)]
-    typed = small("reward=nemotron_70b", *words, "hydra.run.dir=run", "cache.dir=cache", "device=cpu")
-    environment = {**outside(), VARIABLE: KEY}
-    command = [sys.executable, "-m", "dppo", *typed]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
+    words = small("reward=nemotron_70b", *words, "hydra.run.dir=run", "cache.dir=cache", "device=cpu")
+    status, said = typed(monkeypatch, tmp_path, *words), capfd.readouterr()
+    assert status == 0, said.err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 8
@@ -417,10 +416,10 @@ def test_a_run_is_scored_by_an_endpoint_and_holds_no_key(
     assert result["reward"]["negative_share"]["policy"] == 1
     asked = {(json.dumps(body["messages"][:-1]), body["messages"][-1]["content"]) for body in scorer.bodies}
     assert len(scorer.bodies) == len(asked) + 3, "each text once, and three attempts that failed"
-    assert "chat/completions" not in done.stderr + (tmp_path / "run" / "run.log").read_text(), "a line a request"
+    assert "chat/completions" not in said.err + (tmp_path / "run" / "run.log").read_text(), "a line a request"
     leaks = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert leaks == []
-    assert KEY not in done.stdout + done.stderr
+    assert KEY not in said.out + said.err
 
 
 @pytest.mark.parametrize("end", ["error", "kill"])
@@ -437,9 +436,9 @@ def test_scores_that_were_obtained_are_never_asked_again(end: str, scorer: Serve
         kept = 80
     else:
         scorer.delay = 0.005
-        typed = small(*words, "hydra.run.dir=run", f"cache.dir={tmp_path / 'cache'}", "device=cpu")
+        command = small(*words, "hydra.run.dir=run", f"cache.dir={tmp_path / 'cache'}", "device=cpu")
         process = subprocess.Popen(
-            [sys.executable, "-m", "dppo", *typed],
+            [sys.executable, "-m", "dppo", *command],
             cwd=tmp_path,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

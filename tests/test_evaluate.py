@@ -21,9 +21,10 @@ import pytest
 
 from dppo import evaluate
 from dppo.evaluation.text_health import text_health
-from tests.conftest import Run, small
+from tests.conftest import small
 from tests.data.test_sources import Row, write_csv, write_jsonl, write_parquet
 from tests.runs import write_run
+from tests.test_command_line import typed
 
 Captured = pytest.CaptureFixture[str]
 SHARED = Path(os.environ.get("DPPO_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "winrate"
@@ -334,11 +335,11 @@ def test_text_health_by_hand() -> None:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_has_the_numbers_of_its_result(dppo: Run, tmp_path: Path) -> None:
+def test_a_run_has_the_numbers_of_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal, not nearly: the same functions on the same resamples."""
     run = tmp_path / "run"
     chosen = ["evaluation.n_bootstrap=150", "evaluation.bootstrap_seed=3", f"hydra.run.dir={run}"]
-    assert dppo(*small("loss=dpo", *chosen)).returncode == 0
+    assert typed(monkeypatch, tmp_path, *small("loss=dpo", *chosen)) == 0
     out = tmp_path / "numbers.json"
     assert evaluate.main([str(run), "--json", str(out)]) == 0
     found, result = json.loads(out.read_text()), json.loads((run / "result.json").read_text())

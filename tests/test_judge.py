@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +11,6 @@ from typing import Any, cast
 import pytest
 from omegaconf import OmegaConf
 
-import dppo.__main__ as entry
 from dppo import compare, config, evaluate, pipeline, plan
 from dppo.errors import UserError
 from dppo.report import __main__ as report
@@ -21,9 +18,10 @@ from dppo.rewards import JudgingReward, PairwiseReward, Reward, Verdict
 from dppo.rewards.judge import Judge
 from dppo.stages.scores import pair_key
 from dppo.types import Json, Message, Prompt
-from tests.conftest import outside, small
+from tests.conftest import small
 from tests.endpoint_server import Served, completion, serve
 from tests.runs import Finished, run_small
+from tests.test_command_line import typed
 from tests.test_endpoints import KEY, VARIABLE, loaded, quick
 
 PROMPT = Prompt("p", (Message("user", "Which?"),))
@@ -355,21 +353,21 @@ def test_a_judge_that_likes_the_first_place_is_found_out(tmp_path: Path) -> None
     assert found.result["win_rate"]["value"] == 0.5
 
 
-def test_the_command_line_says_how_consistent_the_judge_was(judging: Served, tmp_path: Path) -> None:
+def test_the_command_line_says_how_consistent_the_judge_was(
+    judging: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     judging.faults.extend([500, "torn", (429, "0.1")])
-    typed = small(*words(judging, *STEEP, "hydra.run.dir=run", "cache.dir=cache", "device=cpu", "tracking=jsonl"))
-    command = [sys.executable, "-m", "dppo", *typed]
-    environment = {**outside(), VARIABLE: KEY}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
+    command = small(*words(judging, *STEEP, "hydra.run.dir=run", "cache.dir=cache", "device=cpu", "tracking=jsonl"))
+    status, output = typed(monkeypatch, tmp_path, *command), capfd.readouterr()
+    assert status == 0, output.err
     said = re.search(
-        r"judge +orders agree on 100\.0% \[\d\d\.\d%, 100\.0%\] of (\d) pairs, 0\.0% of replies unparsable", done.stdout
+        r"judge +orders agree on 100\.0% \[\d\d\.\d%, 100\.0%\] of (\d) pairs, 0\.0% of replies unparsable", output.out
     )
     assert said is not None
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["judge"]["n_pairs"] == int(said[1])
     assert len(judging.bodies) == 2 * int(said[1]) + 3
-    assert "reward Judge(m)" in done.stdout
+    assert "reward Judge(m)" in output.out
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
@@ -378,11 +376,8 @@ def test_a_search_prunes_by_a_judge(
     judging: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     own = ["+sweep=alpha", "train.steps=4", "train.learning_rate=0.05", "cache.dir=cache", "device=cpu"]
-    typed = small(*words(judging, *own))
     search = ["hydra.sweeper.n_trials=2", "hydra.sweeper.test_seeds=1", "-m"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dppo", *typed, *search])
-    assert entry.main() == 0
+    assert typed(monkeypatch, tmp_path, *small(*words(judging, *own)), *search) == 0
     (summary,) = tmp_path.rglob("summary.txt")
     assert re.search(r"loss=none +1 +0\.500", summary.read_text()), "SFT against itself"
     assert "Traceback" not in capfd.readouterr().err

@@ -10,7 +10,8 @@ import pytest
 
 from dppo.config import CONF_DIR, compose, load
 from dppo.errors import UserError
-from tests.conftest import Run, small
+from tests.conftest import small
+from tests.test_command_line import typed
 
 FAMILIES = ("minll", "unll", "conll", "npo", "simnpo")
 # Bases without a logit that a generated answer's log-ratio fits into.
@@ -48,11 +49,13 @@ MULTIRUNS = {
     "name",
     [pytest.param(name, marks=pytest.mark.slow) if name != "every loss" else name for name in MULTIRUNS],
 )
-def test_it_trains(name: str, dppo: Run, tmp_path: Path) -> None:
+def test_it_trains(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     words, n_jobs = MULTIRUNS[name]
     limits = small("train.steps=5", "evaluation.n_prompts=4", "evaluation.n_pairs=4", "evaluation.n_kl_prompts=2")
-    done = dppo("-m", *words, *limits, "hydra.sweep.dir=sweep", timeout=600)
-    assert done.returncode == 0, done.stderr
+    status = typed(monkeypatch, tmp_path, "-m", *words, *limits, "hydra.sweep.dir=sweep")
+    assert status == 0, capfd.readouterr().err
     jobs = sorted((tmp_path / "sweep").glob("*/result.json"))
     assert len(jobs) == n_jobs
     for job in jobs:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +17,9 @@ import dppo.__main__ as entry
 from dppo import cache, compare, dashboard, evaluate, export, inspect, methods, sync
 from dppo.config import CONF_DIR
 from dppo.report import __main__ as report
-from tests.conftest import small
+from tests.conftest import once, small
 from tests.data.test_sources import chat_row, chats, pair_row, preferences
+from tests.test_command_line import typed
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -47,9 +49,21 @@ def reduced(words: list[str]) -> list[str]:
     return [*small(*(word for word in words if word != "-m"), *extra), *flags]
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs, which the commands that read runs are given, and a cache, from which the others take the SFT model."""
+
+    def build(root: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("mine", "other"):
+                assert typed(patch, root, *small("loss=dpo", f"hydra.run.dir=outputs/{name}")) == 0
+
+    return once(tmp_path_factory, "readme-runs", build) / "outputs"
+
+
 @pytest.mark.parametrize("command", RUNS)
 def test_every_command_runs(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    command: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"prompt": f"Say {n}.", "chosen": f"{n}!", "rejected": "No."} for n in range(300)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -62,17 +76,19 @@ def test_every_command_runs(
     for name in ("mine", "other"):
         scored = [{"prompt": f"Say {n}.", "reward": n * len(name)} for n in range(8)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
-    (tmp_path / "outputs" / "cache").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     _, _, module, *words = shlex.split(command)
+    if "dry_run=true" in words:
+        (tmp_path / "outputs" / "cache").mkdir(parents=True)
+    else:
+        shutil.copytree(finished / "cache", tmp_path / "outputs" / "cache")
     if (
         module in ("dppo.compare", "dppo.report")
         or "outputs/mine" in words
         or any(word.startswith("init_from=") for word in words)
     ):
         for name in ("mine", *(["other"] if "outputs/other" in words else [])):
-            monkeypatch.setattr(sys, "argv", ["dppo", *small("loss=dpo", f"hydra.run.dir=outputs/{name}")])
-            assert entry.main() == 0
+            shutil.copytree(finished / name, tmp_path / "outputs" / name)
     if module != "dppo":
         commands = {"cache": cache.main, "compare": compare.main, "methods": methods.main}
         commands |= {"report": report.main, "sync": sync.main, "dashboard": dashboard.main, "evaluate": evaluate.main}

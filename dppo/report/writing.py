@@ -151,7 +151,7 @@ def _figures(panel: Panel, folder: Path) -> tuple[tuple[str, str], ...]:
     for kind, width in (("wide", WIDE), ("narrow", NARROW)):
         figure = panel.draw(width)
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out once, for all files
+        figure.set_layout_engine(None)  # laid out once, for all files; with any engine each would be drawn twice
         found.append((kind, inline(figure, f"{panel.name}-{kind}")))
         if kind == "wide":
             for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):

@@ -118,7 +118,7 @@ def draw(overview: Overview, directory: Path) -> list[Path]:
             for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
                 data = io.BytesIO()
                 figure.savefig(data, format=kind, dpi=_DPI, metadata=metadata)
-                figure.set_layout_engine("none")  # laid out once, for both
+                figure.set_layout_engine(None)  # laid out once, for both; with any engine it would be drawn twice
                 path = folder / f"{name}.{kind}"
                 write_atomic(path, data.getvalue())
                 found.append(path)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,10 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from dppo.report.making import report
-from tests.conftest import once, outside, small
+from tests.conftest import once, small
 from tests.report.browser import Opened, running
 from tests.report.made_runs import DPO, make_run, unll
+from tests.test_command_line import typed
 
 HOSTILE = [
     "<script>window.hacked = 1</script>",
@@ -44,11 +44,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     def build(root: Path) -> None:
         words = ["-m", "+sweep=alpha", "alpha=tag(log, interval(0.001,1))", "hydra.sweeper.n_trials=3"]
         words += ["hydra.sweeper.test_seeds=1", "hydra/sweeper/pruner=none", *small("report=true", "loss=unll")]
-        command = [sys.executable, "-m", "dppo", *words]
-        environment = {**outside(), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, env=environment)
-        assert done.returncode == 0, done.stderr
-        (root / "said.txt").write_text(done.stdout)
+        with (root / "said.txt").open("w") as said, redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
+            assert typed(patch, root, *words) == 0
 
     root = once(tmp_path_factory, "search-with-report", build)
     return root / "outputs" / "sweeps" / "alpha" / "report" / "report.html", (root / "said.txt").read_text()
