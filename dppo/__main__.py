@@ -57,7 +57,7 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     overrides = list(hydra.overrides.task)
     directory = Path(hydra.runtime.output_dir)
     experiment = config.load(composed, overrides)
-    from dppo import pipeline, plan
+    from dppo import pipeline, plan, threads
     from dppo.artifacts.files import disk_errors, write_atomic
     from dppo.loop import Interrupted
     from dppo.search.watch import CALIBRATION, TRIAL, watch
@@ -78,16 +78,17 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
                 write_atomic(directory / "strength.json", json.dumps(found).encode() + b"\n")
             return found["mean"]
         reports = search and TRIAL in os.environ
-        values = pipeline.run(
-            experiment,
-            directory,
-            resolved={str(key): value for key, value in resolved.items() if value != "???"},
-            overrides=overrides,
-            verdict=watch(_plain(hydra.sweeper), int(os.environ[TRIAL]), hydra.sweep.dir)
-            if reports
-            else lambda row: None,
-            place=_place(hydra, overrides, directory, search=search),
-        )
+        with threads.denormals_are_zero():
+            values = pipeline.run(
+                experiment,
+                directory,
+                resolved={str(key): value for key, value in resolved.items() if value != "???"},
+                overrides=overrides,
+                verdict=watch(_plain(hydra.sweeper), int(os.environ[TRIAL]), hydra.sweep.dir)
+                if reports
+                else lambda row: None,
+                place=_place(hydra, overrides, directory, search=search),
+            )
     except Pruned:
         if search:
             raise

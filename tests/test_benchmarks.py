@@ -41,7 +41,7 @@ def test_made_up_pairs_and_the_operations_of_a_step(tmp_path: Path) -> None:
     assert sorted(one.example_id for one in in_order(setting, 6)) == sorted(one.example_id for one in pairs)
     three = with_third(pairs)
     assert [one.role for one in three[0].responses] == ["chosen", "rejected", "generated"]
-    hidden, inner, n_layers, kv, vocabulary = 192, 512, 2, 192, 1024
+    hidden, inner, n_layers, kv, vocabulary = 192, 512, 2, 192, 719
     layer = hidden * (2 * hidden + 2 * kv) + 3 * hidden * inner + 2 * hidden
     n_tokens = sum(pair.n_tokens for pair in pairs)
     n_answer = sum(len(one.token_ids) for pair in pairs for one in pair.responses)

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from dppo import threads
+from dppo import pipeline, threads
+from dppo.errors import UserError
 from dppo.search import workers
 from tests.conftest import outside
+from tests.test_command_line import typed
 
 NAMES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES")
 CODE = (
@@ -117,3 +120,21 @@ def test_no_more_cores_than_are_granted(tmp_path: Path, monkeypatch: pytest.Monk
     for quota, expected in (("50000", 1), ("100000", 1), ("99900000", bound)):
         (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
         assert threads.cores() == expected
+
+
+def test_denormals_are_zero_during_a_run_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """AdamW's mean of gradients that ended long ago: 0 during a run, elsewhere a slow number."""
+
+    def product() -> float:
+        return float((torch.full((8,), 1e-30) * 1e-10).sum())
+
+    seen: list[float] = []
+
+    def run(*arguments: object, **keywords: object) -> tuple[float, ...]:
+        seen.append(product())
+        raise UserError("seen")
+
+    monkeypatch.setattr(pipeline, "run", run)
+    assert typed(monkeypatch, tmp_path, "loss=dpo") == 2
+    assert seen == [0.0]
+    assert product() > 0
