@@ -134,7 +134,8 @@ def complete(
     ``training`` by phase {n_examples, steps}; with dataset=on_policy ``on_policy`` by round
     (``on_policy.Preferences.counts``); ``after_edit`` mean token log-prob of chosen answers behind the
     first edit (``evaluation.edits``);
-    ``timings`` {stages: [{stage, fingerprint, seconds, reused, rows (that a growing store got, else null)}],
+    ``timings`` {stages: [{stage, fingerprint, seconds, reused, rows (that a growing store got, else null), memory
+    (peak bytes of a stage that trains or scores: {estimated, measured, tokens_per_micro_batch}, else null)}],
     total_seconds}. Intervals are 95 %.
     """
     return {
@@ -191,6 +192,7 @@ def timings(bench: Workbench) -> dict[str, Any]:
             "seconds": record.seconds,
             "reused": record.reused,
             "rows": record.rows,
+            "memory": record.memory,
         }
         for record in bench.records
     ]

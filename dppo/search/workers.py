@@ -6,6 +6,7 @@ A worker is the same command line again: it asks the study for something to run 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -32,11 +33,15 @@ _GRACE = 10
 
 def shares(n_jobs: int) -> list[dict[str, str]]:
     """The environment of each worker: its own GPU where there are any, else its share of the cores."""
+    from dppo.memory import SHARING
+
     devices = gpus()
     if devices:
-        return [{"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} for place in range(n_jobs)]
+        together = {SHARING: str(math.ceil(n_jobs / len(devices)))}
+        return [{"CUDA_VISIBLE_DEVICES": devices[place % len(devices)], **together} for place in range(n_jobs)]
     threads = max(1, len(os.sched_getaffinity(0)) // n_jobs) if hasattr(os, "sched_getaffinity") else 1
-    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))} for _ in range(n_jobs)]
+    own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), SHARING: str(n_jobs)}
+    return [dict(own) for _ in range(n_jobs)]
 
 
 def gpus() -> list[str]:
