@@ -190,6 +190,21 @@ class Step:
         return held.before or held.most, held.most if held.before else 0
 
 
+def _place(model: nn.Module) -> None:
+    """Put tensors of the mode in use, on the CPU, in the place of a model's; what is shared stays shared."""
+    placed: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                if id(value) not in placed:
+                    empty = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                    placed[id(value)] = nn.Parameter(empty, requires_grad=value.requires_grad)
+                module._parameters[name] = placed[id(value)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
 class _Held(TorchDispatchMode):
     """Counts the bytes of tensors from when an operation returns them until nothing refers to them."""
 
@@ -356,9 +371,8 @@ def largest(
         rows = [len(one.prompt_ids) + len(answer.token_ids) for one in part for answer in one.responses]
         return max(rows) * len(rows)
 
-    parts = [
-        (part, place > 0) for batch in optimiser_batches for place, part in enumerate(micro_batches(batch, budget))
-    ]
+    cut = [micro_batches(batch, budget) for batch in optimiser_batches]
+    parts = [(part, place > 0) for batch in cut for place, part in enumerate(batch)]
     part, _ = max(parts, key=lambda found: computed(found[0]))
     return part, any(accumulates for _, accumulates in parts)
 
