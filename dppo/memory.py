@@ -174,7 +174,7 @@ class Step:
         scorer = _without_content(self.scorer_of)(model, self.settings.packing)
         kept = [*model.parameters(), *model.buffers()]
         held = _Held([*kept, *(one.grad for one in kept if one.grad is not None)])
-        first = cast("nn.Module", layers[0] if layers else model)
+        first = layers[0] if layers else model
         watch = first.register_forward_hook(lambda module, given, output: _on_gradient(output, held.mark))
         gradients = contextlib.nullcontext() if self.trains else torch.no_grad()
         try:
@@ -210,7 +210,7 @@ class _Held(TorchDispatchMode):
 
     def __init__(self, beside: Sequence[Tensor]) -> None:
         """``beside`` are tensors that do not count, nor do views of them."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = self.before = 0
         self._known = {one.untyped_storage()._cdata for one in beside}
 

@@ -26,7 +26,7 @@ from dppo.hub import local_folder, pinned_commit, snapshot
 from dppo.types import Json
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VERSION = 1
 
@@ -99,7 +99,7 @@ class TinyLlama:
         tokenizer.model_max_length = self.max_positions
         return tokenizer
 
-    def architecture(self) -> PretrainedConfig:
+    def architecture(self) -> LlamaConfig:
         """The configuration of transformers."""
         from transformers import LlamaConfig
 
@@ -323,7 +323,7 @@ def saved_architecture(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     with _one_line_errors(str(folder)):
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return cast("PretrainedConfig", AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def n_parameters(model: Model) -> int | None:

@@ -60,7 +60,8 @@ def measured(config: PretrainedConfig, step: Step, part: Sequence[EncodedExample
 
     def forward() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
-            return scorer(batch).tokens.sum()
+            total: torch.Tensor = scorer(batch).tokens.sum()
+            return total
 
     def once() -> None:
         if step.trains:
@@ -79,11 +80,11 @@ def measured(config: PretrainedConfig, step: Step, part: Sequence[EncodedExample
     found = seen.profiler
     assert found is not None
     events = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
+    now, most = 0, 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
+        now += int(event.nbytes())
         most = max(most, now)
-    return weights + 2 * trained + (trained if accumulates else 0) + most
+    return int(weights + 2 * trained + (trained if accumulates else 0) + most)
 
 
 @pytest.mark.parametrize(
