@@ -27,3 +27,11 @@ class JobError(Exception):
 
 class Resumable(KeyboardInterrupt):
     """The user stopped what another command continues; the message says which."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine had no memory left; PyTorch says so in the text of a RuntimeError."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        words in said for words in ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+    )

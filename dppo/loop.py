@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dppo.attention import Kernel
 from dppo.batches import batches, collate, micro_batches
 from dppo.config import TrainSettings
-from dppo.errors import Pruned
+from dppo.errors import Pruned, is_out_of_memory
 from dppo.logps import ResponseScorer
 from dppo.losses.penalised import PenalisedLoss
 from dppo.progress import Progress
@@ -353,7 +353,16 @@ def train(
             evaluates = bool(
                 settings.evaluate_every and held_out and ((number + 1) % settings.evaluate_every == 0 or last)
             )
-            sums, state.statistics, tokens, bad = run.accumulate(batch, before, logged=logged)
+            try:
+                sums, state.statistics, tokens, bad = run.accumulate(batch, before, logged=logged)
+            except (RuntimeError, MemoryError) as error:
+                draws = settings.dropout > 0 or (settings.lora is not None and settings.lora.dropout > 0)
+                if main and state.step and not draws and is_out_of_memory(error):
+                    # Model and optimiser are as the step before left them, and so is the generator.
+                    optimiser.zero_grad(set_to_none=True)
+                    with contextlib.suppress(RuntimeError, MemoryError, OSError):
+                        _save(checkpoints, parameters, optimiser, state)
+                raise
             grad_norm, beside = math.nan, {}
             if not bad:
                 if evaluates and settings.penalty_gradient_ratio and isinstance(objective, PenalisedLoss):
@@ -427,12 +436,6 @@ class _Run:
     accelerator: Accelerator
     settings: TrainSettings
 
-    def _with_gradient(self, examples: Sequence[EncodedExample]) -> Sequence[EncodedExample]:
-        """The examples without answers that only the statistics of the whole optimiser batch look at."""
-        if _scope(self.objective) == "micro_batch":
-            return examples
-        return _in_roles(examples, lambda role: role != "mismatched")
-
     def _share(self, examples: Sequence[EncodedExample]) -> list[tuple[list[EncodedExample], float]]:
         """The micro-batches of this rank; every rank has equally many, the surplus ones count nothing."""
         parts = micro_batches(examples, self.settings.tokens_per_micro_batch)
@@ -469,7 +472,7 @@ class _Run:
                     for part, counts in self._share(_in_roles(examples, looked_at.__contains__))
                 ]
             statistics = self._update_statistics(statistics, totals)
-        parts = self._share(self._with_gradient(examples))
+        parts = self._share(with_gradient(self.objective, examples))
         sums = Accumulated()
         tokens = 0
         bad: tuple[str, ...] = ()
@@ -550,7 +553,7 @@ class _Run:
         training = self.scorer.training
         self.scorer.eval()
         mean_tokens = mean_chosen_tokens(examples)
-        for part, counts in self._share(self._with_gradient(examples)):
+        for part, counts in self._share(with_gradient(self.objective, examples)):
             _, policy, reference, context = self._forward(part, mean_tokens, statistics)
             terms = self.objective(policy, reference, context)
             if counts:
@@ -642,6 +645,13 @@ def broadcast(accelerator: Accelerator, values: list[Any]) -> list[Any]:
 
 def _scope(objective: Objective) -> Literal["optimiser_batch", "micro_batch"] | None:
     return objective.statistics_scope if isinstance(objective, StatisticsObjective) else None
+
+
+def with_gradient(objective: Objective, examples: Sequence[EncodedExample]) -> Sequence[EncodedExample]:
+    """The examples without answers that only the statistics of the whole optimiser batch look at."""
+    if _scope(objective) == "micro_batch":
+        return examples
+    return _in_roles(examples, lambda role: role != "mismatched")
 
 
 def _in_roles(examples: Sequence[EncodedExample], keep: Callable[[Role], bool]) -> list[EncodedExample]:

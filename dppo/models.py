@@ -26,7 +26,7 @@ from dppo.hub import local_folder, pinned_commit, snapshot
 from dppo.types import Json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VERSION = 1
 
@@ -99,13 +99,12 @@ class TinyLlama:
         tokenizer.model_max_length = self.max_positions
         return tokenizer
 
-    def load_model(self, seed: int) -> PreTrainedModel:
-        """Random weights from ``seed``; the global random state is left as it was."""
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+    def architecture(self) -> LlamaConfig:
+        """The configuration of transformers."""
+        from transformers import LlamaConfig
 
         tokenizer = self.load_tokenizer()
-        config = LlamaConfig(
+        return LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -120,6 +119,13 @@ class TinyLlama:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
+
+    def load_model(self, seed: int) -> PreTrainedModel:
+        """Random weights from ``seed``; the global random state is left as it was."""
+        import torch
+        from transformers import LlamaForCausalLM
+
+        config = self.architecture()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = LlamaForCausalLM(config)
@@ -299,25 +305,37 @@ def saved_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return _load_tokenizer(path, str(path))
 
 
-def n_parameters(model: Model) -> int | None:
-    """How many weights a model has, without loading or drawing one; None where that is not known."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def architecture(model: Model) -> PretrainedConfig | None:
+    """A model's configuration, without loading a weight; None where that is not known."""
     if isinstance(model, TinyLlama):
-        with torch.device("meta"):
-            return int(model.load_model(0).num_parameters())
+        return model.architecture()
     if isinstance(model, PretrainedModel):
         folder = model._folder()
     elif isinstance(model, GgufModel):
         folder = model._place(model._source())
     else:
         return None
-    if not folder.is_dir():  # GGUF that was not converted yet
+    return saved_architecture(folder) if folder.is_dir() else None  # GGUF that was not converted yet
+
+
+def saved_architecture(folder: Path) -> PretrainedConfig:
+    """The configuration of the model in a folder. Raises UserError if it cannot be read."""
+    from transformers import AutoConfig
+
+    with _one_line_errors(str(folder)):
+        return cast("PretrainedConfig", AutoConfig.from_pretrained(folder, local_files_only=True))
+
+
+def n_parameters(model: Model) -> int | None:
+    """How many weights a model has, without loading or drawing one; None where that is not known."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    found = architecture(model)
+    if found is None:
         return None
-    with _one_line_errors(str(folder)), torch.device("meta"):
-        architecture = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return int(AutoModelForCausalLM.from_config(architecture).num_parameters())
+    with _one_line_errors(type(model).__name__), torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(found).num_parameters())
 
 
 def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:

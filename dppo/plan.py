@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,9 @@ from dppo.config import Experiment, Phase
 from dppo.data.encoding import ChatEncoder
 from dppo.data.on_policy import OnPolicy
 from dppo.loop import checkpoint_step, n_steps
-from dppo.models import Model, n_parameters
+from dppo.losses.sft import SFT
+from dppo.memory import size as held
+from dppo.models import Model, architecture, n_parameters
 from dppo.rewards import Reward
 from dppo.rewards.bradley_terry import BradleyTerry, TrainedReward
 from dppo.stages.compare import compare_slot
@@ -33,6 +35,7 @@ from dppo.stages.drift import drift_slot, n_responses
 from dppo.stages.finished import finished_slots
 from dppo.stages.generate import answers_store, candidates_store, stored_answers, stored_candidates
 from dppo.stages.preference import preference_slot
+from dppo.stages.preflight import expected_peak
 from dppo.stages.reference import reference_store, response_keys
 from dppo.stages.reward_model import (
     accuracy_pairs,
@@ -45,7 +48,7 @@ from dppo.stages.scores import pair_key, score_key, scores_store
 from dppo.stages.sft import sft_examples, sft_slot
 from dppo.stages.training import CONTINUED
 from dppo.stages.workbench import WORK, Workbench
-from dppo.types import Artifact, EncodedExample, Generation, PreferenceExample, Prompt
+from dppo.types import Artifact, EncodedExample, EncodedResponse, Generation, PreferenceExample, Prompt
 
 if TYPE_CHECKING:
     from dppo.types import Json
@@ -82,6 +85,7 @@ class Step:
     seconds: float | None
     bytes: int | None
     basis: str
+    memory: int | None = None  # bytes at the peak of a training step, if it can be estimated
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def plan(experiment: Experiment, *, also_built: Collection[str] = ()) -> Plan:
 
 def lines(found: Plan) -> list[str]:
     """A plan as a table with totals, and what is not known."""
-    rows = [("stage", "id", "", "work", "time", "disk", "measured on")]
+    rows = [("stage", "id", "", "work", "time", "memory", "disk", "measured on")]
     for step in found.steps:
         todo = step.action != "reuse"
         rows.append(
@@ -147,6 +151,7 @@ def lines(found: Plan) -> list[str]:
                 step.action,
                 f"{step.work:,} {step.unit}{'s' if step.work != 1 else ''}" if todo else "-",
                 "-" if not todo else "?" if step.seconds is None else duration(step.seconds),
+                "-" if step.memory is None else held(step.memory),
                 "-" if not todo else "?" if step.bytes is None else size(step.bytes),
                 step.basis,
             )
@@ -190,8 +195,20 @@ class _Planner:
     def past(self) -> _Past:
         return _Past(self.bench.cache)
 
-    def artifact(self, title: str, slot: Slot, work: int, unit: str, *, guessed: bool = False) -> None:
-        """Plan an artifact; ``guessed``: its fingerprint stands for one that is not known yet."""
+    def artifact(
+        self,
+        title: str,
+        slot: Slot,
+        work: int,
+        unit: str,
+        *,
+        guessed: bool = False,
+        memory: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        """Plan an artifact; ``guessed``: its fingerprint stands for one that is not known yet.
+
+        ``memory`` estimates the peak of what is built, in bytes.
+        """
         known = None if guessed else slot.fingerprint
         if (not guessed and slot.complete()) or self._made(slot.fingerprint):
             self._reuse(title, slot, known, unit)
@@ -207,7 +224,8 @@ class _Planner:
             found = _model_bytes(self.experiment.model)
             parts += ["disk: the weights alone"] if found is not None else []
         size_ = None if found is None else round(found)
-        self.steps.append(Step(title, slot.stage, known, "build", work - done, unit, seconds, size_, "; ".join(parts)))
+        told = "; ".join(parts)
+        self.steps.append(Step(title, slot.stage, known, "build", work - done, unit, seconds, size_, told, memory()))
 
     def store(self, title: str, store: Store[Any], keys: Sequence[str], unit: str) -> None:
         """Plan the rows ``keys`` of a store."""
@@ -293,10 +311,16 @@ def _add_start(planner: _Planner) -> tuple[str, str]:
     if train is None:
         planner.artifact("sft", slot, 1, "model")
         return slot.fingerprint, slot.fingerprint
-    n_examples = 0
-    if train.steps is None and not slot.complete():  # only then their number has a say
-        n_examples = len(sft_examples(experiment.dataset, train, experiment.sft.seed, encoder).examples)
-    planner.artifact("sft", slot, n_steps(train, n_examples), "step")
+    examples: Sequence[EncodedExample] = ()
+    if not slot.complete() and slot.fingerprint not in planner.before:
+        examples = sft_examples(experiment.dataset, train, experiment.sft.seed, encoder).examples
+
+    def memory() -> int | None:
+        return expected_peak(
+            architecture(experiment.model), examples, train, SFT(), seed=experiment.sft.seed, evaluates=False
+        )
+
+    planner.artifact("sft", slot, n_steps(train, len(examples)), "step", memory=memory)
     return slot.fingerprint, slot.fingerprint
 
 
@@ -395,7 +419,28 @@ def _add_phase(
             _add_rewards(planner, {"baseline": baseline}, prompts)
     data_identity = pipeline.training_data(experiment)
     slot = preference_slot(bench, phase, start, parents, data=data_identity, seed=experiment.seed, curve=curve)
-    planner.artifact("preference", slot, steps, "step")
+
+    def memory() -> int | None:
+        # An answer that is not there yet is as long as it may become.
+        own = {one.example_id for one in data.examples}
+        longest = EncodedResponse("", "generated", (0,) * experiment.generation.max_new_tokens)
+        trained = [
+            dataclasses.replace(one, responses=(*one.responses, longest))
+            if "generated" in phase.loss.uses_roles and one.response("generated") is None
+            else one
+            for one in examples
+            if one.example_id in own
+        ]
+        return expected_peak(
+            architecture(experiment.model),
+            trained,
+            phase.train,
+            phase.loss,
+            seed=experiment.seed,
+            evaluates=bool(data.held_out),
+        )
+
+    planner.artifact("preference", slot, steps, "step", memory=memory)
     return slot
 
 

@@ -135,7 +135,8 @@ def complete(
     (``on_policy.Preferences.counts``); ``after_edit`` mean token log-prob of chosen answers behind the
     first edit (``evaluation.edits``);
     ``timings`` {stages: [{stage, fingerprint, seconds, reused, rows (that a growing store got, else null), tokens and
-    tokens_per_second (of answers that a model wrote, loading it apart; else null)}], total_seconds}.
+    tokens_per_second (of answers that a model wrote, loading it apart; else null), memory (peak bytes of a stage that
+    trains or scores: {estimated, measured, tokens_per_micro_batch}, else null)}], total_seconds}.
     Intervals are 95 %.
     """
     return {
@@ -194,6 +195,7 @@ def timings(bench: Workbench) -> dict[str, Any]:
             "rows": record.rows,
             "tokens": None if record.pace is None else record.pace.tokens,
             "tokens_per_second": None if record.pace is None else round(record.pace.tokens_per_second, 1),
+            "memory": record.memory,
         }
         for record in bench.records
     ]

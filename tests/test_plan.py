@@ -209,7 +209,7 @@ def test_the_command_line_prints_the_table_and_leaves_nothing(
     words = small("loss=unll", "alpha=0.1", "dry_run=true")
     assert typed(monkeypatch, tmp_path, *words, "hydra.run.dir=mine") == 0
     table = capfd.readouterr().out.splitlines()
-    assert table[0].split() == ["stage", "id", "work", "time", "disk", "measured", "on"]
+    assert table[0].split() == ["stage", "id", "work", "time", "memory", "disk", "measured", "on"]
     assert [line.split()[0] for line in table[1:10]] == TITLES
     assert list(tmp_path.iterdir()) == []
 

@@ -6,6 +6,7 @@ A worker is the same command line again: it asks the study for something to run 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -32,10 +33,13 @@ _GRACE = 10
 
 
 def shares(n_jobs: int) -> list[dict[str, str]]:
-    """The environment of each worker: its share of the cores, and its own GPU where there are any."""
+    """The environment of each worker: its share of the cores, its own GPU where there are any, and who shares memory."""
+    from dppo.memory import SHARING
+
     devices, threads_each = gpus(), threads.environment(n_jobs)
+    together = {SHARING: str(math.ceil(n_jobs / max(1, len(devices))))}
     own = [{"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} if devices else {} for place in range(n_jobs)]
-    return [{**threads_each, **one} for one in own]
+    return [{**threads_each, **together, **one} for one in own]
 
 
 def gpus() -> list[str]:

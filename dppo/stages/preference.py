@@ -10,6 +10,7 @@ from dppo.artifacts import Build, Slot
 from dppo.config import Phase
 from dppo.errors import Pruned
 from dppo.loop import Interim, Metrics, ReferenceLogps
+from dppo.stages.preflight import architecture_of, ready_to_train
 from dppo.stages.training import METRICS, continued_policy, read_metrics, replay, run_training, save_policy
 from dppo.types import Artifact, EncodedExample, Json
 
@@ -91,21 +92,33 @@ def preference(
     slot = preference_slot(bench, phase, start.fingerprint, parents, data=data, seed=seed, curve=curve)
 
     def build(started: Build) -> None:
-        policy = continued_policy(bench, start, train.lora, seed)
-        outcome = run_training(
+        ready = ready_to_train(
             bench,
-            policy,
-            phase.loss,
+            architecture_of(bench, start),
             examples,
             train,
+            phase.loss,
             seed=seed,
-            started=started,
-            held_out=held_out,
-            reference=reference,
-            interim=interim,
+            evaluates=bool(held_out),
             title=name,
-            on_row=on_row,
+            key="train",
         )
+        with ready.watched(bench, name, "train"):
+            policy = continued_policy(bench, start, train.lora, seed)
+            outcome = run_training(
+                bench,
+                policy,
+                phase.loss,
+                examples,
+                ready.settings,
+                seed=seed,
+                started=started,
+                held_out=held_out,
+                reference=reference,
+                interim=interim,
+                title=name,
+                on_row=on_row,
+            )
         if bench.is_main:
             if outcome.status == "complete":
                 save_policy(policy, encoder, started.directory, base=start, bench=bench)

@@ -12,6 +12,7 @@ from dppo.batches import collate, micro_batches
 from dppo.config import TrainSettings
 from dppo.loop import ReferenceLogps
 from dppo.progress import Progress
+from dppo.stages.preflight import architecture_of, ready_to_score
 from dppo.stages.training import autocast, saved_policy, scorer_like
 from dppo.stages.workbench import Keep, Workbench
 from dppo.types import Artifact, EncodedExample
@@ -50,9 +51,13 @@ def reference_logps(
     @torch.inference_mode()
     def compute(missing: list[str], keep: Keep[Tokens]) -> None:
         todo = _lacking(examples, set(missing))
-        scorer = scorer_like(bench, saved_policy(bench, model), settings).eval()
-        with Progress("reference", len(todo), "example") as progress:
-            for part in micro_batches(todo, settings.tokens_per_micro_batch * _BUDGET_FACTOR):
+        budget = settings.tokens_per_micro_batch * _BUDGET_FACTOR
+        ready = ready_to_score(
+            bench, architecture_of(bench, model), todo, settings, budget, title="reference", key="train"
+        )
+        with ready.watched(bench, "reference", "train"), Progress("reference", len(todo), "example") as progress:
+            scorer = scorer_like(bench, saved_policy(bench, model), settings).eval()
+            for part in micro_batches(todo, ready.settings.tokens_per_micro_batch):
                 batch = collate(part).to(bench.device)
                 with autocast(bench, settings.precision):
                     found = scorer(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from dppo.losses.bradley_terry import PreferenceLikelihood
 from dppo.rewards.bradley_terry import BradleyTerry, TrainedReward
 from dppo.rewards.length import Length
 from dppo.rewards.sentiment import Sentiment
+from dppo.stages.preflight import architecture_of, ready_to_train
 from dppo.stages.training import continued_policy, new_policy, run_training
 from dppo.stages.workbench import WORK, Workbench
 from dppo.types import Artifact, Json, PreferenceExample, Split
@@ -95,31 +97,47 @@ def _reward_model(
     slot = reward_model_slot(bench, settings, model, dataset, reference.fingerprint, encoder)
 
     def build(started: Build) -> None:
-        from dppo.models import save
+        from dppo.models import architecture, save
         from dppo.reward_heads import RewardScorer, add_head, as_classifier, check_classifier
 
         encoded = reward_model_examples(settings, dataset, encoder)
         held_out = nested_subset(dataset.pairs("validation"), train.n_evaluation_examples, _FIXED)
         for note in encoded.notes:
             bench.say(f"  reward model: {note}")
-        if settings.start == "sft":
-            policy = continued_policy(bench, reference, train.lora, settings.seed)
-        else:
-            policy = new_policy(bench, model, train.lora, settings.seed)
-        check_classifier(policy)
-        add_head(policy, settings.seed)
-        outcome = run_training(
+        objective = PreferenceLikelihood(settings.margin, settings.centring)
+        from_sft = settings.start == "sft"
+        ready = ready_to_train(
             bench,
-            policy,
-            PreferenceLikelihood(settings.margin, settings.centring),
+            architecture_of(bench, reference) if from_sft else architecture(model),
             encoded.examples,
             train,
+            objective,
             seed=settings.seed,
-            started=started,
-            held_out=encoder.encode(held_out, encoded.max_length).examples if held_out else (),
+            evaluates=bool(held_out),
             title="reward",
+            key="reward.train",
             scorer_of=RewardScorer,
+            prepare=functools.partial(add_head, seed=settings.seed),
         )
+        with ready.watched(bench, "reward", "reward.train"):
+            if from_sft:
+                policy = continued_policy(bench, reference, train.lora, settings.seed)
+            else:
+                policy = new_policy(bench, model, train.lora, settings.seed)
+            check_classifier(policy)
+            add_head(policy, settings.seed)
+            outcome = run_training(
+                bench,
+                policy,
+                objective,
+                encoded.examples,
+                ready.settings,
+                seed=settings.seed,
+                started=started,
+                held_out=encoder.encode(held_out, encoded.max_length).examples if held_out else (),
+                title="reward",
+                scorer_of=RewardScorer,
+            )
         if outcome.status == "diverged":
             raise UserError(
                 f"reward.train.learning_rate={train.learning_rate}: the reward model diverged at step "

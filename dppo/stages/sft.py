@@ -11,6 +11,7 @@ from dppo.data.encoding import ChatEncoder, EncodedSet
 from dppo.data.subsets import nested_subset
 from dppo.errors import UserError
 from dppo.losses.sft import SFT
+from dppo.stages.preflight import ready_to_train
 from dppo.stages.training import new_policy, run_training, save_policy
 from dppo.types import Artifact, Json
 
@@ -55,6 +56,8 @@ def sft(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings,
     slot = sft_slot(bench, model, dataset, settings, encoder)
 
     def build(started: Build) -> None:
+        from dppo.models import architecture
+
         if train is None:
             if bench.is_main:
                 save_policy(
@@ -65,18 +68,30 @@ def sft(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings,
         held_out = nested_subset(dataset.chats("validation"), train.n_evaluation_examples, 0)
         for note in encoded.notes:
             bench.say(f"  sft: {note}")
-        policy = new_policy(bench, model, train.lora, settings.seed)
-        outcome = run_training(
+        ready = ready_to_train(
             bench,
-            policy,
-            SFT(),
+            architecture(model),
             encoded.examples,
             train,
+            SFT(),
             seed=settings.seed,
-            started=started,
-            held_out=encoder.encode(held_out, encoded.max_length).examples if held_out else (),
+            evaluates=bool(held_out),
             title="sft",
+            key="sft.train",
         )
+        with ready.watched(bench, "sft", "sft.train"):
+            policy = new_policy(bench, model, train.lora, settings.seed)
+            outcome = run_training(
+                bench,
+                policy,
+                SFT(),
+                encoded.examples,
+                ready.settings,
+                seed=settings.seed,
+                started=started,
+                held_out=encoder.encode(held_out, encoded.max_length).examples if held_out else (),
+                title="sft",
+            )
         if outcome.status == "diverged":
             raise UserError(
                 f"sft.train.learning_rate={train.learning_rate}: SFT diverged at step {outcome.steps + 1} "

@@ -52,7 +52,8 @@ class Record:
 
     ``title`` is what is printed; ``stage`` is where it lies in the cache: y_gen and both models' answers share one.
     ``rows`` is how many a growing store got from this run, None for an artifact; ``pace`` is that of rows which a model
-    wrote.
+    wrote. ``memory`` {estimated, measured, tokens_per_micro_batch} is the peak of a stage that trains or scores, in
+    bytes.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Record:
     reused: bool
     rows: int | None = None
     pace: Pace | None = None
+    memory: Json = None
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Workbench:
     accelerator: Accelerator
     records: list[Record] = field(default_factory=list)
     on_record: Callable[[], None] = lambda: None
+    memory: Json = None  # of the stage in progress
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +120,9 @@ class Workbench:
         self.say(f"{verb} {title:<10} {entry.fingerprint[:4]}  {why}")
         started = time.perf_counter()
         record = Record(title, entry.stage, entry.fingerprint, 0.0, reuse)
+        self.memory = None
         yield record
+        record.memory = self.memory
         record.seconds = round(time.perf_counter() - started, 3)
         self.records.append(record)
         self.on_record()
