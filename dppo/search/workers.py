@@ -33,7 +33,7 @@ _GRACE = 10
 
 
 def shares(n_jobs: int) -> list[dict[str, str]]:
-    """The environment of each worker: its share of the cores, its own GPU where there are any, and who shares memory."""
+    """The environment of each worker: its share of the cores, its own GPU where there are any, who shares memory."""
     from dppo.memory import SHARING
 
     devices, threads_each = gpus(), threads.environment(n_jobs)
