@@ -41,12 +41,13 @@ from dppo.types import Batch, EncodedExample
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from dppo.attention import Kernel
     from dppo.loop import ScorerOf
 
 # How many processes of a search share this process's memory.
 SHARING = "DPPO_MEMORY_SHARED_BY"
 # The share of the free memory that an estimate may take. The C library keeps freed pieces below 32 MiB: resident
-# memory was 1.0 (large models) to 1.6 times (small ones) the tensors'. CUDA's allocator rounds up and splits.
+# memory was 1.2 (135M weights) to 2.0 times (small models) the tensors'. CUDA's allocator rounds up and splits.
 _USABLE = {"cpu": 0.7, "cuda": 0.9}
 # NF4 with double quantisation: 4 bits, an 8-bit constant for 64 weights and a 32-bit one for 256 of those.
 _BYTES_IN_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -242,9 +243,10 @@ def _without_content(scorer_of: ScorerOf) -> Any:
     """The scorer's class without what needs numbers: choosing a way of computing, and laying a batch out."""
 
     class Traced(cast("type[ResponseScorer]", scorer_of)):  # type: ignore[misc]
-        def _choose_way(self, asked: Literal["packed", "padded"]) -> None:
+        def _choose_way(self, asked: Literal["packed", "padded"], kernel: Kernel) -> None:
+            # FlexAttention holds what SDPA holds, but runs on real tensors of a GPU only.
             replaceable = self._base._supports_attention_backend
-            self._use(asked if replaceable else "padded", own_logits=False)
+            self._use(asked if replaceable else "padded", "sdpa", own_logits=False)
 
         def _inputs(self, batch: Batch) -> Any:
             from torch._subclasses.fake_tensor import unset_fake_temporarily

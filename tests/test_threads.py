@@ -12,6 +12,7 @@ import torch
 
 from dppo import pipeline, threads
 from dppo.errors import UserError
+from dppo.memory import SHARING
 from dppo.search import workers
 from tests.conftest import outside
 from tests.test_command_line import typed
@@ -77,11 +78,12 @@ def test_workers_of_a_search_share_what_the_user_left_open(monkeypatch: pytest.M
     monkeypatch.setattr(threads, "cores", lambda: 8)
     monkeypatch.setattr(workers, "gpus", lambda: [])
     threads.for_tokenizers(8)  # as a run in the process that starts the workers
-    assert workers.shares(3) == [{"OMP_NUM_THREADS": "2", "RAYON_NUM_THREADS": "2"}] * 3
-    assert workers.shares(20)[0] == {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    assert workers.shares(3) == [{"OMP_NUM_THREADS": "2", "RAYON_NUM_THREADS": "2", SHARING: "3"}] * 3
+    assert workers.shares(20)[0] == {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", SHARING: "20"}
     monkeypatch.setattr(workers, "gpus", lambda: ["4", "7"])
     assert [one["CUDA_VISIBLE_DEVICES"] for one in workers.shares(3)] == ["4", "7", "4"]
     assert {one["OMP_NUM_THREADS"] for one in workers.shares(3)} == {"2"}
+    assert {one[SHARING] for one in workers.shares(3)} == {"2"}, "two of three workers share a GPU"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert workers.shares(3)[0]["OMP_NUM_THREADS"] == workers.shares(3)[0]["RAYON_NUM_THREADS"] == "5"
 
