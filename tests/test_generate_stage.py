@@ -92,6 +92,8 @@ def test_a_stage_says_how_fast_the_model_wrote(folder: Path, tmp_path: Path, mon
 
     result = {"status": "diverged", "diverged": {"phase": "main", "step": 1, "example_ids": ["a"]}}
     ended = {**result, "timings": {**timings(bench), "total_seconds": 1.0}}
-    assert f"  tokens/s (tokens)     y_gen {pace.tokens_per_second:,.0f} ({n_tokens:,})" in summary(ended, tmp_path)
+    assert f"  tokens/s (tokens)     y_gen {round(pace.tokens_per_second, 1):,.0f} ({n_tokens:,})" in summary(
+        ended, tmp_path
+    )
     ended = {**result, "timings": {**timings(again), "total_seconds": 1.0}}
     assert not any("tokens/s" in line for line in summary(ended, tmp_path))
