@@ -223,24 +223,20 @@ def _memory_of(setting: Setting, name: str) -> float:
     if name in TRL:
         import trl  # noqa: F401  its import is not a step
     import accelerate  # noqa: F401
+    import torch
 
-    before = _resident("VmRSS")
-    # The peak of this process so far; the file resets it.
-    Path("/proc/self/clear_refs").write_text("5")
+    from dppo.memory import Meter
+
+    meter = Meter(torch.device("cpu"))
     if name in TRL:
         with tempfile.TemporaryDirectory() as folder:
             _trl_trainer(setting, pairs, name, Path(folder)).train()
     else:
         _dppo_run(setting, pairs, name.removeprefix("dppo "), lambda row: None)
-    return _resident("VmHWM") - before
-
-
-def _resident(key: str) -> float:
-    """MiB of this process in memory: now (VmRSS) or at most (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return float(line.split()[1]) / 1024
-    raise SystemExit(f"/proc/self/status has no {key}; this is measured on Linux only")
+    found = meter.peak()
+    if found is None:
+        raise SystemExit("this kernel does not tell how much memory a process has; that is measured on Linux only")
+    return found / 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -68,13 +68,8 @@ class SharedPromptLayout:
         column = torch.arange(longest, device=device)
         inside = column < size[:, None]
         place = (batch.prompt_start[:, None] + column).masked_fill(~inside, 0)
-        # Segment 0 is the prompt, 1, 2, ... its responses; padding keeps 0 and is never read.
-        flat: list[int] = []
-        for n_prompt, own in examples:
-            flat += [0] * n_prompt
-            for number, n_tokens in enumerate(own, start=1):
-                flat += [number] * n_tokens
-        segment = torch.tensor(flat, device=device)[place].masked_fill(~inside, 0)
+        # Padding keeps 0 and is never read.
+        segment = _owners(examples)[1].to(device)[place].masked_fill(~inside, 0)
         visible = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])
         return SharedPromptLayout(
             examples,
@@ -134,6 +129,19 @@ class Grid:
         return self._masks[window]
 
 
+def _owners(examples: tuple[tuple[int, tuple[int, ...]], ...]) -> Tensor:
+    """(2, T): each token's example, and its segment of it: 0 is the prompt, 1, 2, ... are its responses."""
+    owner: list[int] = []
+    segment: list[int] = []
+    lengths: list[int] = []
+    for number, (n_prompt, responses) in enumerate(examples):
+        owner += [number] * (1 + len(responses))
+        segment += range(1 + len(responses))
+        lengths += [n_prompt, *responses]
+    told = torch.tensor([owner, segment], dtype=torch.int32)
+    return told.repeat_interleave(torch.tensor(lengths), dim=1)
+
+
 def _added(seen: Tensor, like: Tensor) -> Tensor:
     """0 where ``seen``, else minus infinity: torch would make it anew from a boolean mask in every call."""
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
@@ -153,15 +161,7 @@ class Blocks:
 
     @staticmethod
     def of(examples: tuple[tuple[int, tuple[int, ...]], ...], position: Tensor) -> Blocks:
-        owner: list[int] = []
-        segment: list[int] = []
-        lengths: list[int] = []
-        for number, (n_prompt, responses) in enumerate(examples):
-            owner += [number] * (1 + len(responses))
-            segment += range(1 + len(responses))
-            lengths += [n_prompt, *responses]
-        told = torch.tensor([owner, segment], dtype=torch.int32)
-        whole = told.repeat_interleave(torch.tensor(lengths), dim=1).to(position.device)
+        whole = _owners(examples).to(position.device)
         return Blocks(whole[0], whole[1], position.to(torch.int32))
 
     def visible(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

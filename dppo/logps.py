@@ -85,6 +85,10 @@ class ResponseScorer(nn.Module):
         return cast("nn.Linear", head)
 
     @property
+    def _checkpoints_activations(self) -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in self._base.modules())
+
+    @property
     def logit_cap(self) -> float | None:
         """Gemma 2 squashes its logits to cap * tanh(logits / cap)."""
         return getattr(self._base.config, "final_logit_softcapping", None)
@@ -110,7 +114,7 @@ class ResponseScorer(nn.Module):
 
     def _logits(self, inputs: _Inputs) -> Iterator[Tensor]:
         if self.own_logits:
-            yield self._own_logits(inputs)
+            yield _at_least_fp32(self._own_logits(inputs))
             return
         for part in self._hidden(inputs).split(_places_per_chunk(self.head)):
             yield _at_least_fp32(_head_logits(part, self.head, self.logit_cap))
@@ -133,17 +137,16 @@ class ResponseScorer(nn.Module):
         return hidden[inputs.row, inputs.place]
 
     def _own_logits(self, inputs: _Inputs) -> Tensor:
-        """(N, vocabulary) fp32 logits of the model's own forward pass at the same places."""
+        """(N, vocabulary) logits of the model's own forward pass at the same places, in its own precision."""
         logits: Tensor = cast("Any", self._base)(**inputs.model, use_cache=False).logits
-        return _at_least_fp32(logits[inputs.row, inputs.place])
+        return logits[inputs.row, inputs.place]
 
     def _log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """(N,) log-probs of ``targets`` (N,) from hidden states (N, hidden), never all logits at once."""
         head, cap = self.head, self.logit_cap
         n_logits = hidden.shape[0] * head.weight.shape[0]
-        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self._base.modules())
-        kept = _LOGITS_PER_CHUNK if checkpointing else _LOGITS_KEPT
-        if torch.is_grad_enabled() and n_logits <= kept:
+        kept = torch.is_grad_enabled() and n_logits <= _LOGITS_KEPT and not self._checkpoints_activations
+        if kept or n_logits <= _LOGITS_PER_CHUNK:
             return _token_log_probs(hidden, targets, head, cap)
         chunk = _places_per_chunk(head)
         # Recomputing a chunk's logits in the backward pass costs one more head forward and saves the (N, V) tensor.

@@ -36,6 +36,7 @@ from dppo.batches import collate, micro_batches
 from dppo.config import LoraSettings, TrainSettings
 from dppo.data.kept import Kept
 from dppo.logps import ResponseScorer
+from dppo.threads import SHARING
 from dppo.types import Batch, EncodedExample
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     from dppo.attention import Kernel
     from dppo.loop import ScorerOf
 
-# How many processes of a search share this process's memory.
-SHARING = "DPPO_MEMORY_SHARED_BY"
 # The share of the free memory that an estimate may take. The C library keeps freed pieces below 32 MiB: resident
 # memory was 1.2 (135M weights) to 2.0 times (small models) the tensors'. CUDA's allocator rounds up and splits.
 _USABLE = {"cpu": 0.7, "cuda": 0.9}

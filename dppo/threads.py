@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# How many processes of a search share this process's memory.
+SHARING = "DPPO_MEMORY_SHARED_BY"
 _CGROUP = Path("/sys/fs/cgroup")
 # What this process has set itself, by name.
 _own: dict[str, str] = {}

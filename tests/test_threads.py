@@ -12,8 +12,8 @@ import torch
 
 from dppo import pipeline, threads
 from dppo.errors import UserError
-from dppo.memory import SHARING
 from dppo.search import workers
+from dppo.threads import SHARING
 from tests.conftest import outside
 from tests.test_command_line import typed
 

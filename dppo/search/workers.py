@@ -34,10 +34,8 @@ _GRACE = 10
 
 def shares(n_jobs: int) -> list[dict[str, str]]:
     """The environment of each worker: its share of the cores, its own GPU where there are any, who shares memory."""
-    from dppo.memory import SHARING
-
     devices, threads_each = gpus(), threads.environment(n_jobs)
-    together = {SHARING: str(math.ceil(n_jobs / max(1, len(devices))))}
+    together = {threads.SHARING: str(math.ceil(n_jobs / max(1, len(devices))))}
     own = [{"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} if devices else {} for place in range(n_jobs)]
     return [{**threads_each, **together, **one} for one in own]
 

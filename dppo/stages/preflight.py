@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dppo.logps import ResponseScorer
 from dppo.loop import ScorerOf, n_steps, with_gradient
 from dppo.losses.penalised import PenalisedLoss
 from dppo.memory import Fit, Meter, Peak, Step, fit, room, size
+from dppo.stages.training import full_model_root
 from dppo.types import Artifact, EncodedExample, Objective, StatisticsObjective
 
 if TYPE_CHECKING:
@@ -65,35 +65,7 @@ def architecture_of(bench: Workbench, artifact: Artifact) -> PretrainedConfig | 
     """The configuration of an artifact's full model."""
     from dppo.models import saved_architecture
 
-    path = Path(artifact.path)
-    if (path / "base.json").exists():  # adapters
-        place = json.loads((path / "base.json").read_text())
-        path = bench.cache.root / place["stage"] / place["fingerprint"]
-    return saved_architecture(path)
-
-
-def training_step(
-    architecture: PretrainedConfig,
-    settings: TrainSettings,
-    objective: Objective,
-    *,
-    evaluates: bool,
-    processes: int,
-    scorer_of: ScorerOf = ResponseScorer,
-    prepare: Callable[[PreTrainedModel], None] = lambda model: None,
-) -> Step:
-    """The step of a training run; ``evaluates``: there are held-out examples."""
-    compares = settings.penalty_gradient_ratio and settings.evaluate_every is not None and evaluates
-    copies = int(compares and isinstance(objective, PenalisedLoss)) + int(processes > 1)
-    return Step(architecture, settings, scorer_of, trains=True, copies=copies, prepare=prepare)
-
-
-def optimiser_batches(
-    objective: Objective, examples: Sequence[EncodedExample], settings: TrainSettings, seed: int
-) -> list[Sequence[EncodedExample]]:
-    """Every optimiser batch of a training run, as its gradients see it."""
-    steps = n_steps(settings, len(examples))
-    return [with_gradient(objective, batch) for batch in batches(examples, settings.batch_size, steps, seed)]
+    return saved_architecture(full_model_root(bench, Path(artifact.path)))
 
 
 def ready_to_train(
@@ -112,36 +84,27 @@ def ready_to_train(
 ) -> Ready:
     """Look at a training run before its model is loaded. Raises UserError if not even one example fits.
 
-    ``key`` is where its settings are in the configuration, such as ``sft.train``. Every process of the run enters.
+    ``evaluates``: there are held-out examples. ``key`` is where its settings are in the configuration, such as
+    ``sft.train``. Every process of the run enters.
     """
     free = _least(bench, room(bench.device))
-    found = None
+    counted = None
     with _quietly():
         if architecture is not None:
-            step = training_step(
+            counted = _counted(
                 architecture,
+                examples,
                 settings,
                 objective,
+                free,
+                seed=seed,
                 evaluates=evaluates,
                 processes=bench.accelerator.num_processes,
                 scorer_of=scorer_of,
                 prepare=prepare,
             )
-            whole = optimiser_batches(objective, examples, settings, seed)
-            found = fit(step, whole, settings.tokens_per_micro_batch, float("inf") if free is None else free)
-    if found is None:
-        return Ready(settings, None, Meter(bench.device))
-    if free is None or found.asked.total <= free:
-        return Ready(settings, found.asked, Meter(bench.device))
-    _check(found, free, step, settings, title, key)
-    if isinstance(objective, StatisticsObjective) and objective.statistics_scope == "micro_batch":
-        raise UserError(
-            f"{key}.tokens_per_micro_batch={settings.tokens_per_micro_batch}: {title} needs about "
-            f"{size(found.asked.total)} and {size(free)} may be used; with loss={objective.name} the budget is part of "
-            f"the result, so choose it yourself: {key}.tokens_per_micro_batch={found.budget} fits"
-        )
-    bench.say(_lowered(title, key, found, free, settings.tokens_per_micro_batch))
-    return Ready(dataclasses.replace(settings, tokens_per_micro_batch=found.budget), found.peak, Meter(bench.device))
+    budget = f"{key}.tokens_per_micro_batch"
+    return _ready(bench, counted, free, settings, title=title, key=key, budget=budget, objective=objective)
 
 
 def ready_to_score(
@@ -157,23 +120,91 @@ def ready_to_score(
     """The same for forward passes without gradients over all examples; ``budget`` is their token budget."""
     free = room(bench.device)
     scoring = dataclasses.replace(settings, tokens_per_micro_batch=budget)
-    found = None
+    counted = None
     with _quietly():
         if architecture is not None and examples:
-            step = Step(architecture, settings, ResponseScorer, trains=False)
-            found = fit(step, [examples], budget, float("inf") if free is None else free)
-    if found is None or free is None or found.asked.total <= free:
-        return Ready(scoring, None if found is None else found.asked, Meter(bench.device))
+            step = Step(architecture, scoring, ResponseScorer, trains=False)
+            counted = step, fit(step, [examples], budget, _unless_known(free))
+    return _ready(bench, counted, free, scoring, title=title, key=key, budget="its token budget")
+
+
+def expected_peak(
+    architecture: PretrainedConfig | None,
+    examples: Sequence[EncodedExample],
+    settings: TrainSettings,
+    objective: Objective,
+    *,
+    seed: int,
+    evaluates: bool,
+) -> int | None:
+    """Bytes at the peak of a training run with the budget that was asked for; None where that is not known."""
+    if architecture is None or not examples:
+        return None
+    with _quietly():
+        _, found = _counted(architecture, examples, settings, objective, None, seed=seed, evaluates=evaluates)
+        return found.asked.total
+    return None
+
+
+def _counted(
+    architecture: PretrainedConfig,
+    examples: Sequence[EncodedExample],
+    settings: TrainSettings,
+    objective: Objective,
+    free: int | None,
+    *,
+    seed: int,
+    evaluates: bool,
+    processes: int = 1,
+    scorer_of: ScorerOf = ResponseScorer,
+    prepare: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> tuple[Step, Fit]:
+    """The step of a training run, and what was found for its optimiser batches as their gradients see them."""
+    compares = settings.penalty_gradient_ratio and settings.evaluate_every is not None and evaluates
+    copies = int(compares and isinstance(objective, PenalisedLoss)) + int(processes > 1)
+    step = Step(architecture, settings, scorer_of, trains=True, copies=copies, prepare=prepare)
+    steps = n_steps(settings, len(examples))
+    whole = [with_gradient(objective, batch) for batch in batches(examples, settings.batch_size, steps, seed)]
+    return step, fit(step, whole, settings.tokens_per_micro_batch, _unless_known(free))
+
+
+def _unless_known(free: int | None) -> float:
+    return float("inf") if free is None else free
+
+
+def _ready(
+    bench: Workbench,
+    counted: tuple[Step, Fit] | None,
+    free: int | None,
+    settings: TrainSettings,
+    *,
+    title: str,
+    key: str,
+    budget: str,
+    objective: Objective | None = None,
+) -> Ready:
+    """What the count leads to. ``budget`` names the token budget that ``settings`` hold."""
+    if counted is None:
+        return Ready(settings, None, Meter(bench.device))
+    step, found = counted
+    if free is None or found.asked.total <= free:
+        return Ready(settings, found.asked, Meter(bench.device))
     _check(found, free, step, settings, title, key)
-    bench.say(_lowered(title, None, found, free, budget))
+    asked = settings.tokens_per_micro_batch
+    if isinstance(objective, StatisticsObjective) and objective.statistics_scope == "micro_batch":
+        raise UserError(
+            f"{budget}={asked}: {title} needs about {size(found.asked.total)} and {size(free)} may be used; with "
+            f"loss={objective.name} the budget is part of the result, so choose it yourself: "
+            f"{budget}={found.budget} fits"
+        )
+    bench.say(_lowered(title, budget, found, free, asked))
     return Ready(dataclasses.replace(settings, tokens_per_micro_batch=found.budget), found.peak, Meter(bench.device))
 
 
-def _lowered(title: str, key: str | None, found: Fit, free: int, asked: int) -> str:
-    what = f"{key}.tokens_per_micro_batch" if key else "its token budget"
+def _lowered(title: str, budget: str, found: Fit, free: int, asked: int) -> str:
     now = "one example at a time" if found.budget == 1 else f"{found.budget} ({size(found.peak.total)})"
     return (
-        f"  {title}: needs about {size(found.asked.total)} and {size(free)} of memory may be used: {what} is lowered "
+        f"  {title}: needs about {size(found.asked.total)} and {size(free)} of memory may be used: {budget} is lowered "
         f"from {asked} to {now}, with the same result"
     )
 
@@ -216,25 +247,6 @@ def _least(bench: Workbench, free: int | None) -> int | None:
 
     found = gather_object([free])
     return None if None in found else min(found)
-
-
-def expected_peak(
-    architecture: PretrainedConfig | None,
-    examples: Sequence[EncodedExample],
-    settings: TrainSettings,
-    objective: Objective,
-    *,
-    seed: int,
-    evaluates: bool,
-) -> int | None:
-    """Bytes at the peak of a training run with the budget that was asked for; None where that is not known."""
-    if architecture is None or not examples:
-        return None
-    with _quietly():
-        step = training_step(architecture, settings, objective, evaluates=evaluates, processes=1)
-        whole = optimiser_batches(objective, examples, settings, seed)
-        return fit(step, whole, settings.tokens_per_micro_batch, float("inf")).asked.total
-    return None
 
 
 @contextlib.contextmanager

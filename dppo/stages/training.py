@@ -64,7 +64,7 @@ def continued_policy(bench: Workbench, artifact: Artifact, lora: LoraSettings | 
     if lora is not None and (path / _ADAPTER).exists():
         from peft import PeftModel
 
-        base = _full_model(bench, _base_of(bench, path))
+        base = _full_model(bench, full_model_root(bench, path))
         if lora.base_4bit:
             raise UserError("train.lora.base_4bit=true: a phase cannot continue the 4-bit adapters of another phase")
         return _on_device(bench, PeftModel.from_pretrained(base, path, is_trainable=True))
@@ -83,11 +83,14 @@ def _full_model(bench: Workbench, path: Path) -> PreTrainedModel:
         return load_saved(path)
     from peft import PeftModel
 
-    merged = PeftModel.from_pretrained(load_saved(_base_of(bench, path)), path).merge_and_unload()
+    merged = PeftModel.from_pretrained(load_saved(full_model_root(bench, path)), path).merge_and_unload()
     return cast("PreTrainedModel", merged)
 
 
-def _base_of(bench: Workbench, path: Path) -> Path:
+def full_model_root(bench: Workbench, path: Path) -> Path:
+    """The folder of the full model that an artifact's folder holds, or whose adapters it holds."""
+    if not (path / _ADAPTER).exists():
+        return path
     place: dict[str, str] = json.loads((path / _BASE).read_text())
     return bench.cache.root / place["stage"] / place["fingerprint"]
 
@@ -164,7 +167,7 @@ def save_policy(
     policy.save_pretrained(directory)
     encoder.tokenizer.save_pretrained(directory)
     path = Path(base.path)
-    root = _base_of(bench, path) if (path / _ADAPTER).exists() else path
+    root = full_model_root(bench, path)
     (directory / _BASE).write_text(json.dumps({"stage": root.parent.name, "fingerprint": root.name}))
 
 
