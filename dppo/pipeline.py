@@ -246,6 +246,8 @@ def _stages(
     prompts = _evaluation_prompts(experiment)
     experiment.reward.check(prompts)
     experiment.generation.check(bench.device)
+    for phase in experiment.phases.values():
+        phase.train.kernel(bench.device.type)
 
     if experiment.init_from is None:
         reference = sft(bench, experiment.model, experiment.dataset, experiment.sft, encoder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -25,6 +26,7 @@ from dppo.config import compose, load
 from dppo.errors import UserError
 from dppo.logps import ResponseScorer
 from dppo.types import EncodedExample
+from tests.runs import run_small
 from tests.tiny_models import FAMILIES, SIZES, build, draw, example, gradients, llama, mixed, train_settings
 
 
@@ -207,3 +209,9 @@ def test_a_cpu_run_that_asks_for_flex_is_told_what_to_choose() -> None:
 def test_the_choice_of_a_kernel_alone_makes_no_other_model() -> None:
     """Those that come to the same kernel share what is cached; ``numerics`` tells the others apart."""
     assert train_settings(attention="sdpa").identity() == train_settings(attention="auto").identity()
+
+
+def test_flex_on_a_cpu_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^train\.attention=flex: needs a CUDA device"):
+        run_small(tmp_path, "loss=dpo", "train.attention=flex")
+    assert not list((tmp_path / "cache").glob("*/*/manifest.json"))
