@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
 import subprocess
@@ -100,6 +101,20 @@ def parsed_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(yaml, "load", remembered)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_handler_stays() -> Iterator[None]:
+    """A command line that ran inside a test has set up logging, to a stream that ends with the test."""
+    loggers = [logging.getLogger(), logging.getLogger("dppo")]
+    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, handlers, level in before:
+        logger.setLevel(level)
+        for handler in logger.handlers[:]:
+            # Those of pytest come and go with the phases of a test.
+            if handler not in handlers and type(handler) in (logging.StreamHandler, logging.FileHandler):
+                logger.removeHandler(handler)
 
 
 @pytest.fixture
