@@ -1,4 +1,4 @@
-"""A training step: packed against padded, and the share of the machine's matrix multiplication that it reaches."""
+"""A training step: packed against padded, compiled against not, and its share of the machine's multiplication."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rows import Row, alternate_all, now, since
+from benchmarks.rows import Row, alternate, alternate_all, now, since
 from benchmarks.setting import BATCH_SIZE, Setting, examples, experiment, with_third
 
 if TYPE_CHECKING:
@@ -47,8 +47,32 @@ def step(setting: Setting, rounds: int) -> list[Row]:
     return rows
 
 
+def compiled(setting: Setting, rounds: int) -> list[Row]:
+    """A packed DPO step with compiled layers against the same without; the note has the seconds of the first step."""
+    from dppo.config import compose, load
+
+    loss = load(compose(["loss=dpo"]), ["loss=dpo"]).phases["main"].loss
+    pairs = examples(setting, BATCH_SIZE)
+    rows = []
+    for precision in ("fp32", "bf16"):
+        plain = _step(setting, pairs, loss, "packed", precision, stored=True)
+        fast = _step(setting, pairs, loss, "packed", precision, stored=True, compiles=True)
+        before = now()
+        fast()
+        note = f"first step {since(before)[0]:.0f} s"
+        rows.append(alternate("step", (f"compiled {precision}", fast), (precision, plain), rounds).noted(note))
+    return rows
+
+
 def _step(
-    setting: Setting, drawn: Sequence[EncodedExample], loss: Any, packing: Any, precision: str, *, stored: bool
+    setting: Setting,
+    drawn: Sequence[EncodedExample],
+    loss: Any,
+    packing: Any,
+    precision: str,
+    *,
+    stored: bool,
+    compiles: bool = False,
 ) -> Callable[[], object]:
     import torch
 
@@ -58,6 +82,8 @@ def _step(
 
     model = experiment(setting).model.load_model(0).train()
     scorer = ResponseScorer(model, packing)
+    if compiles:
+        scorer.compile_layers()
     batch = collate(list(drawn))
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)

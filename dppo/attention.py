@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Kernel = Literal["sdpa", "flex"]
 
 SHARED_PROMPT = "dppo_shared_prompt"
+# The same for compiled layers: it stays out of their code, which would be made anew for other lengths.
+BESIDE_COMPILED = "dppo_shared_prompt_beside_compiled"
 # Up to this length all examples of a row share one attention call, padded to the longest: one call for many short
 # examples beats many small calls. Beyond it the padding costs more than the calls, and each response has its own.
 _SHORT_EXAMPLE = 96
@@ -321,10 +323,13 @@ def _flex_attention(*, compiled: bool) -> Callable[..., Tensor]:
     return torch.compile(attend, dynamic=True) if compiled else attend
 
 
-def register_shared_prompt_attention() -> None:
-    """Make ``attn_implementation=dppo_shared_prompt`` known to transformers."""
+def register_shared_prompt_attention(*, beside_compiled: bool = False) -> None:
+    """Make ``SHARED_PROMPT`` known to transformers as an attention implementation, or ``BESIDE_COMPILED``."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
-    AttentionMaskInterface.register(SHARED_PROMPT, sdpa_mask)
+    name, attend = SHARED_PROMPT, shared_prompt_attention
+    if beside_compiled:
+        name, attend = BESIDE_COMPILED, torch.compiler.disable(shared_prompt_attention)
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sdpa_mask)

@@ -88,6 +88,7 @@ class TrainSettings:
     precision: Literal["fp32", "bf16"]
     dropout: float
     activation_checkpointing: bool
+    compile: bool
     deterministic: bool
     log_every: int
     evaluate_every: int | None
@@ -135,6 +136,7 @@ class TrainSettings:
             "tokens_per_micro_batch",
             "attention",  # the kernel that it comes to is among the numerics
             "activation_checkpointing",
+            "compile",  # among the numerics as well
             "log_every",
             "checkpoint_every",
             "penalty_gradient_ratio",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -24,8 +24,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dppo.attention import SHARED_PROMPT, Kernel, SharedPromptLayout, register_shared_prompt_attention
+from dppo.attention import (
+    BESIDE_COMPILED,
+    SHARED_PROMPT,
+    Kernel,
+    SharedPromptLayout,
+    register_shared_prompt_attention,
+)
 from dppo.batches import collate
+from dppo.compiling import compile_layers, uncompiled
 from dppo.types import Batch, EncodedExample, EncodedResponse, ResponseLogps
 
 if TYPE_CHECKING:
@@ -55,6 +62,7 @@ class ResponseScorer(nn.Module):
 
     ``packing`` is the layout in use: ``padded`` also where ``packed`` was asked for and the model cannot take it.
     ``kernel`` computes the attention of packed rows: ``sdpa`` also where ``flex`` was asked for and cannot.
+    ``compiled``: ``compile_layers`` was called.
     ``own_logits`` says that the model's logits are more than its head applied to its final states (it scales them,
     for instance), so that they come from its own forward pass, all of a batch at once.
     """
@@ -65,6 +73,7 @@ class ResponseScorer(nn.Module):
         self.packing: Literal["packed", "padded"] = packing
         self.kernel: Kernel = kernel
         self.own_logits = False
+        self.compiled = False
         register_shared_prompt_attention()
         self._own_attention = self._base.config._attn_implementation
         self._choose_way(packing, kernel)
@@ -208,23 +217,35 @@ class ResponseScorer(nn.Module):
         if said:
             _warn_once(f"warning: {type(base).__name__}: {'; '.join(said)}")
 
+    def compile_layers(self) -> None:
+        """Have the model's layers compiled at their next call, attention apart. Raises UserError."""
+        compile_layers(self._base)
+        self.compiled = True
+        register_shared_prompt_attention(beside_compiled=True)
+        self._use(self.packing, self.kernel, own_logits=self.own_logits)
+
     @contextmanager
     def own_attention(self) -> Iterator[None]:
-        """The model with the attention it came with, for decoding."""
+        """The model with the attention it came with and nothing compiled, for decoding."""
         base = self._base
         changed = base._supports_attention_backend and self.packing == "packed"
         if changed:
             base.set_attn_implementation(self._own_attention)
         try:
-            yield
+            with uncompiled() if self.compiled else nullcontext():
+                yield
         finally:
             if changed:
-                base.set_attn_implementation(SHARED_PROMPT)
+                base.set_attn_implementation(self._packed_attention)
 
     def _use(self, packing: Literal["packed", "padded"], kernel: Kernel, *, own_logits: bool) -> None:
         self.packing, self.kernel, self.own_logits = packing, kernel, own_logits
         if self._base._supports_attention_backend:
-            self._base.set_attn_implementation(SHARED_PROMPT if packing == "packed" else self._own_attention)
+            self._base.set_attn_implementation(self._packed_attention if packing == "packed" else self._own_attention)
+
+    @property
+    def _packed_attention(self) -> str:
+        return BESIDE_COMPILED if self.compiled else SHARED_PROMPT
 
     def _fault(self, batch: Batch, truth: Tensor) -> str | None:
         """What speaks against the way of computing in use, or None if nothing does.

@@ -315,6 +315,8 @@ def train(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     scorer = scorer_of(model, settings.packing, settings.kernel(accelerator.device.type))
+    if settings.compile:
+        scorer.compile_layers()
     prepared = accelerator.prepare(scorer)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimiser = torch.optim.AdamW(

@@ -20,6 +20,7 @@ from dppo.artifacts import Cache
 from dppo.artifacts.manifest import Manifest
 from dppo.artifacts.stores import n_rows
 from dppo.batches import batches, collate
+from dppo.compiling import check_compiler
 from dppo.config import Experiment, Phase, TrainSettings, key_of
 from dppo.data import Dataset, examples_for
 from dppo.data.encoding import ChatEncoder, EncodedSet
@@ -248,6 +249,8 @@ def _stages(
     experiment.generation.check(bench.device)
     for phase in experiment.phases.values():
         phase.train.kernel(bench.device.type)
+        if phase.train.compile:
+            check_compiler(bench.device.type)
 
     if experiment.init_from is None:
         reference = sft(bench, experiment.model, experiment.dataset, experiment.sft, encoder)

@@ -170,6 +170,7 @@ def train_settings(**changes: Any) -> TrainSettings:
         "precision": "fp32",
         "dropout": 0.0,
         "activation_checkpointing": False,
+        "compile": False,
         "deterministic": True,
         "log_every": 1,
         "evaluate_every": None,

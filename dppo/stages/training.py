@@ -43,8 +43,11 @@ def autocast(bench: Workbench, precision: str) -> AbstractContextManager[Any]:
 
 
 def scorer_like(bench: Workbench, model: PreTrainedModel, settings: TrainSettings) -> ResponseScorer:
-    """A model with the layout and the attention of the training that its log-probs are compared with."""
-    return ResponseScorer(model, settings.packing, settings.kernel(bench.device.type))
+    """A model that computes, in layout, attention and compiled layers, as the training whose log-probs it is beside."""
+    scorer = ResponseScorer(model, settings.packing, settings.kernel(bench.device.type))
+    if settings.compile:
+        scorer.compile_layers()
+    return scorer
 
 
 def new_policy(bench: Workbench, model: Model, lora: LoraSettings | None, seed: int) -> PreTrainedModel:

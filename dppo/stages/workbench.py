@@ -102,7 +102,8 @@ class Workbench:
 
     def training_numerics(self, settings: TrainSettings) -> dict[str, Json]:
         """The same for what trains, and for whatever is compared with it. Raises UserError."""
-        return self.numerics(settings.precision, settings.packing, settings.kernel(self.device.type))
+        own = self.numerics(settings.precision, settings.packing, settings.kernel(self.device.type))
+        return {**own, "compiled": True} if settings.compile else own
 
     def say(self, line: str) -> None:
         if self.is_main:
