@@ -16,11 +16,11 @@ from dppo.batches import collate
 from dppo.compiling import check_compiler, compile_layers
 from dppo.errors import UserError
 from dppo.logps import ResponseScorer
-from dppo.types import Batch
+from dppo.types import Batch, Role
 from tests.runs import run_small
 from tests.tiny_models import VOCABULARY, example, gpt2, llama, train_settings
 
-ROLES = ("chosen", "rejected", "generated")
+ROLES: tuple[Role, ...] = ("chosen", "rejected", "generated")
 
 
 @pytest.fixture(autouse=True)
