@@ -25,12 +25,15 @@ from dppo.command_line import (
 from dppo.errors import JobError, Pruned, Resumable, UserError
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
     from dppo.tracking import Place
 
 # More jobs than this are not all composed before the first one; every swept value is still checked once.
 _CHECKED_JOBS = 200
+# More jobs than this nobody means: a range with a digit too many.
+_MOST_JOBS = 10_000
 
 
 # Under torchrun every process composes the same run; only the first one has a run directory and speaks.
@@ -185,10 +188,10 @@ def _main() -> int:
     _prefer_own_sweeper()
     typed = sys.argv[1:]
     try:
+        checking = _runs_something(typed)
         arguments = config.canonical(typed)
     except UserError as error:
         return complain(str(error))
-    checking = _runs_something(arguments)
     overrides = [word for word in arguments if not word.startswith("-")]
     if not any(word.startswith("hydra.searchpath=") for word in overrides):
         # Beside the first override: argparse takes no flag between two of them.
@@ -207,7 +210,7 @@ def _main() -> int:
                 sys.argv[places[0] : places[0]] = space
             _check(_jobs(sweeper, overrides))
         elif checking:
-            config.load(config.compose(overrides), overrides)
+            config.load(config.compose_checked(overrides), overrides)
         import hydra
 
         from dppo.report import at_end
@@ -240,7 +243,9 @@ def _main() -> int:
         if error.filename is None:
             raise
         return complain(f"{error.filename}: {error.strerror}")
-    except Exception:
+    except Exception as error:
+        if _is_of_hydras_set_up(error):
+            return complain(f"{' '.join(typed)}: Hydra refuses the hydra.* settings ({config.first_line(error)})")
         logging.getLogger("dppo").exception("this is a bug in dppo; please report it with the lines below")
         return EXIT_FAILED
     finally:
@@ -248,6 +253,12 @@ def _main() -> int:
         if nowhere is not None:
             nowhere.cleanup()
     return 0
+
+
+def _is_of_hydras_set_up(error: BaseException) -> bool:
+    """Whether Hydra raised this by itself, from its own settings, while it set up logging, directories or a launcher."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames.count(__name__) == 1 and not any(name.startswith(("dppo.", "hydra_plugins.dppo")) for name in frames[1:])
 
 
 def _help() -> int:
@@ -270,23 +281,24 @@ def _help() -> int:
     return 0
 
 
-def _runs_something(arguments: Sequence[str]) -> str | None:
-    """``run``, ``multirun``, or None for the flags that only print."""
-    flags = {word.partition("=")[0] for word in arguments if word.startswith("-")}
-    if flags & {
-        "--help",
-        "-h",
-        "--hydra-help",
-        "--version",
-        "--cfg",
-        "-c",
-        "--info",
-        "-i",
-        "--shell-completion",
-        "-sc",
-    }:
+def _runs_something(words: Sequence[str]) -> str | None:
+    """``run``, ``multirun``, or None for the flags that only print. Raises UserError for wrong flags."""
+    from hydra._internal.utils import get_args_parser
+
+    parser: Any = get_args_parser()
+    parser.error = _wrong_flag
+    flags = parser.parse_args([word for word in words if word != "--version"])
+    if (flags.resolve or flags.package) and not (flags.cfg or flags.help):
+        raise UserError(f"{'--resolve' if flags.resolve else '--package'}: goes with --cfg; add --cfg job, or drop it")
+    if flags.experimental_rerun is not None:
+        raise UserError("--experimental-rerun: reads a pickle, which may hold any code; a run's command.txt repeats it")
+    if "--version" in words or any((flags.help, flags.hydra_help, flags.cfg, flags.info, flags.shell_completion)):
         return None
-    return "multirun" if flags & {"-m", "--multirun"} else "run"
+    return "multirun" if flags.multirun else "run"
+
+
+def _wrong_flag(message: str) -> None:
+    raise UserError(f"{message}; see --help and --hydra-help")
 
 
 def _nowhere(arguments: Sequence[str]) -> tempfile.TemporaryDirectory[str] | None:
@@ -328,8 +340,10 @@ def _is_search(sweeper: Any) -> bool:
 
 
 def _sweeper(overrides: Sequence[str]) -> Any:
-    """The composed ``hydra.sweeper``."""
-    return config.compose(_fixed(overrides), with_hydra=True).hydra.sweeper
+    """The composed ``hydra.sweeper``. Raises UserError if Hydra's settings name a class that may not be built."""
+    composed = config.compose(_fixed(overrides), with_hydra=True)
+    config.check_hydra(composed)
+    return composed.hydra.sweeper
 
 
 def _search_space(sweeper: Any, overrides: Sequence[str]) -> list[str]:
@@ -367,18 +381,15 @@ def _jobs(sweeper: Any, overrides: Sequence[str]) -> list[list[str]]:
     if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return [fixed]
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    n_jobs = 1
-    for override in parsed:
-        n_jobs *= len(list(override.sweep_string_iterator())) if override.is_discrete_sweep() else 1
+    values = {place: _values(item) for place, item in enumerate(parsed) if item.is_discrete_sweep()}
+    n_jobs = math.prod(map(len, values.values()))
+    if n_jobs > _MOST_JOBS:
+        raise UserError(f"{' '.join(overrides)}: makes {n_jobs:,} jobs; at most {_MOST_JOBS:,} are started at a time")
     if n_jobs <= _CHECKED_JOBS:
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         return [list(job) for batch in batches for job in batch]
     # Too many to compose one by one: each value of each swept key once, beside the first value of the others.
-    swept = [
-        [f"{item.key_or_group}={value}" for value in item.sweep_string_iterator()]
-        for item in parsed
-        if item.is_discrete_sweep()
-    ]
+    swept = [[f"{parsed[place].key_or_group}={value}" for value in found] for place, found in values.items()]
     firsts = [values[0] for values in swept]
     return [
         [*fixed, *firsts[:place], value, *firsts[place + 1 :]]
@@ -386,6 +397,25 @@ def _jobs(sweeper: Any, overrides: Sequence[str]) -> list[list[str]]:
             ((place, value) for value in values) for place, values in enumerate(swept)
         )
     ]
+
+
+def _values(swept: Override) -> list[str]:
+    """The values of a swept key, as words. Raises UserError for none, and for more than jobs are ever started."""
+    from hydra.core.override_parser.types import Glob, RangeSweep
+
+    word, value = swept.input_line, swept.value()
+    if isinstance(value, Glob):
+        raise UserError(f"{word}: name the options one by one, such as {swept.key_or_group}=a,b")
+    if isinstance(value, RangeSweep):
+        assert value.start is not None and value.stop is not None
+        if not value.step:
+            raise UserError(f"{word}: with a step of 0 there is no end")
+        if not (value.stop - value.start) / value.step <= _MOST_JOBS:  # counted before a value is made
+            raise UserError(f"{word}: has more than {_MOST_JOBS:,} values")
+    found = list(swept.sweep_string_iterator())
+    if not found:
+        raise UserError(f"{word}: has no value")
+    return found
 
 
 if __name__ == "__main__":

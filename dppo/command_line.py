@@ -17,6 +17,8 @@ from dppo.terminal import harmless
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+# Of a longer message the middle is left out: it quotes what was typed, which the user has.
+_HEAD, _TAIL = 700, 500
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,6 +30,8 @@ class Parser(argparse.ArgumentParser):
 
 def complain(message: str) -> int:
     """Print the one line and return the exit status of a user's error."""
+    if len(message) > _HEAD + _TAIL:
+        message = f"{message[:_HEAD]} ... {message[-_TAIL:]}"
     print(f"error: {harmless(message)}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 

@@ -41,6 +41,7 @@ SWEEPS_DIR = _HOME / "sweeps"
 
 # Root values that losses and penalties read by interpolation; unset (`???`) means the option's own default.
 SEARCHED = ("alpha", "beta", "zeta")
+_TOO_LARGE = 2**63  # no counter, seed or array of the libraries below holds such a number
 # Groups that a run reads only through `phases`, so that a preset with phases of its own can leave them unread.
 _THROUGH_PHASES = ("loss", "penalty", "train")
 
@@ -327,6 +328,8 @@ def shown(value: object) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(shown(item) for item in value) + "]"
+    if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+        return f"{'-' if value < 0 else ''}{hex(abs(value))[:18]}..."  # of thousands of digits Python makes no text
     return str(value)
 
 
@@ -381,14 +384,87 @@ def canonical(overrides: Sequence[str]) -> list[str]:
 def compose(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:
     """The configuration that these command-line overrides compose, not yet checked.
 
-    Raises Hydra's own exceptions for what does not compose.
+    Raises Hydra's own exceptions for what does not compose, and UserError where Hydra fails without one of them.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     search_path = f"hydra.searchpath=[file://{SWEEPS_DIR}]"
-    with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR), job_name="dppo"):
-        return hydra_compose("config", overrides=[search_path, *canonical(overrides)], return_hydra_config=with_hydra)
+    words = [search_path, *canonical(overrides)]
+    try:
+        with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR), job_name="dppo"):
+            return hydra_compose("config", overrides=words, return_hydra_config=with_hydra)
+    except (HydraException, UserError):
+        raise
+    except OmegaConfBaseException as error:
+        raise _unresolved(error) from None
+    except (ValueError, TypeError, AttributeError, LookupError, AssertionError, RecursionError, YAMLError) as error:
+        # Composing reads nothing but these words and configuration files: one of them is wrong.
+        raise UserError(f"{' '.join(overrides)}: cannot be composed ({first_line(error)})") from None
+
+
+def compose_checked(overrides: Sequence[str]) -> DictConfig:
+    """The same, after a look at Hydra's own settings, which are then left out."""
+    from omegaconf import open_dict
+
+    composed = compose(overrides, with_hydra=True)
+    check_hydra(composed)
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed
+
+
+def check_hydra(composed: DictConfig) -> None:
+    """Raise UserError if Hydra's settings name a class or function that is not Hydra's, dppo's or allowed.
+
+    Hydra builds callbacks, launchers, sweepers and, through ``logging.config``, handlers and formatters: whatever they
+    name would be called before the typed door sees a value.
+    """
+    from omegaconf import OmegaConf
+
+    plain = cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False))
+    given = plain.get("allowed_targets")
+    named = [one for one in given if isinstance(one, str) and one] if isinstance(given, list) else []
+    allowed = tuple(f"{prefix.rstrip('.')}." for prefix in ("hydra", "hydra_plugins", "dppo", *named))
+    for path, target in _called(plain.get("hydra"), "hydra"):
+        logs = path.startswith(("hydra.job_logging.", "hydra.hydra_logging."))
+        harmless = (*allowed, "logging.", "colorlog.") if logs else allowed
+        if not isinstance(target, str) or not target.startswith(harmless) or target.startswith("logging.config."):
+            raise UserError(
+                f"{path}={shown(target)}: only {', '.join(harmless)} are called; add its module prefix to allowed_targets"
+            )
+        if "pickle" in target.lower():
+            raise UserError(f"{path}={target}: nothing is pickled; a run's config.yaml and command.txt hold its settings")
+
+
+def _called(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What a part of Hydra's settings has called, each behind its key."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            where = f"{path}.{key}"
+            if key in ("_target_", "()") or (key in ("class", "stream") and "_logging." in where):
+                if not (key == "stream" and str(value).startswith("ext://sys.std")):
+                    yield where, value
+            elif isinstance(value, str) and value.startswith(("ext://", "cfg://")):
+                yield where, value
+            else:
+                yield from _called(value, where)
+    elif isinstance(node, list):
+        for place, value in enumerate(node):
+            yield from _called(value, f"{path}[{place}]")
+
+
+def _unresolved(error: Exception) -> UserError:
+    """What OmegaConf has against a value, in one line."""
+    return UserError(f"{getattr(error, 'full_key', None) or 'configuration'}: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or else its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def from_words(words: Sequence[str]) -> Experiment:
@@ -435,8 +511,8 @@ def load(composed: DictConfig, overrides: Sequence[str] = ()) -> Experiment:
     _refuse_unread(raw, overrides)
     try:
         values = cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
+    except (OmegaConfBaseException, RecursionError, ValueError) as error:
+        raise _unresolved(error) from None
     values.pop("hydra", None)
     for key in SEARCHED:
         value = values.pop(key, None)
@@ -689,6 +765,8 @@ def _roots(fields: Sequence[str]) -> list[str]:
 
 
 def _scalar(kind: type, value: Any, path: str) -> Any:
+    if type(value) is int and abs(value) >= _TOO_LARGE:
+        raise UserError(f"{path}={shown(value)}: must be a number of less than 64 bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
@@ -696,6 +774,8 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
         raise UserError(f"{path}={shown(value)}: must be {wanted} (got {_kind(value)})")
     if kind is float and value != value:
         raise UserError(f"{path}=nan: must be a number")
+    if kind is str and "\0" in value:
+        raise UserError(f"{path}={value}: must not hold a NUL character")
     return value
 
 

@@ -82,8 +82,7 @@ def once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Non
     return place
 
 
-@pytest.fixture(scope="session", autouse=True)
-def parsed_once() -> Iterator[None]:
+def remember_parsed(put: Callable[[Any, str, Any], None]) -> None:
     """Parse a YAML text once a process: tests compose thousands of configurations, of a few dozen files."""
     parsed: dict[tuple[str, str | bytes], Any] = {}
     load = yaml.load
@@ -98,8 +97,13 @@ def parsed_once() -> Iterator[None]:
             parsed[key] = load(stream, Loader)
         return copy.deepcopy(parsed[key])
 
+    put(yaml, "load", remembered)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsed_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yaml, "load", remembered)
+        remember_parsed(patch.setattr)
         yield
 
 
