@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import os
 import re
 import types
 import typing
@@ -41,6 +42,8 @@ SWEEPS_DIR = _HOME / "sweeps"
 
 # Root values that losses and penalties read by interpolation; unset (`???`) means the option's own default.
 SEARCHED = ("alpha", "beta", "zeta")
+# Environment variables with something to hide, such as WANDB_API_KEY, HF_TOKEN and PGPASSWORD.
+_SECRET_NAME = re.compile(r"(?i)api_?key|_key$|token$|secret|passw(or)?d|credential")
 _TOO_LARGE = 2**63  # no counter, seed or array of the libraries below holds such a number
 # Groups that a run reads only through `phases`, so that a preset with phases of its own can leave them unread.
 _THROUGH_PHASES = ("loss", "penalty", "train")
@@ -299,6 +302,9 @@ class Experiment:
         require(len(self.objectives) > 0, "objectives", "[]", "name at least one path into result.json")
         if not self.phases:
             require(self.sft.train is not None, "sft.train", None, "without a preference phase nothing is trained")
+        for name in self.phases:
+            plain = re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,59}", name) is not None
+            require(plain, "phases", name, "a phase is named by a word of at most 60 letters, digits and . _ -")
         first = next(iter(self.phases.values()), None)
         rounds = getattr(self.dataset, "rounds", 1)  # of dataset=on_policy: later ones start from another policy
         require(
@@ -431,7 +437,8 @@ def check_hydra(composed: DictConfig) -> None:
     allowed = tuple(f"{prefix.rstrip('.')}." for prefix in ("hydra", "hydra_plugins", "dppo", *named))
     for path, target in _called(plain.get("hydra"), "hydra"):
         logs = path.startswith(("hydra.job_logging.", "hydra.hydra_logging."))
-        harmless = (*allowed, "logging.", "colorlog.") if logs else allowed
+        ours = (*allowed, "optuna.") if path.startswith("hydra.sweeper.") else allowed  # samplers and pruners
+        harmless = (*allowed, "logging.", "colorlog.") if logs else ours
         if not isinstance(target, str) or not target.startswith(harmless) or target.startswith("logging.config."):
             raise UserError(
                 f"{path}={shown(target)}: only {', '.join(harmless)} are called; add its module prefix to allowed_targets"
@@ -514,6 +521,7 @@ def load(composed: DictConfig, overrides: Sequence[str] = ()) -> Experiment:
     except (OmegaConfBaseException, RecursionError, ValueError) as error:
         raise _unresolved(error) from None
     values.pop("hydra", None)
+    _refuse_secrets(values, overrides)
     for key in SEARCHED:
         value = values.pop(key, None)
         if value is not None and value != "???" and (isinstance(value, bool) or not isinstance(value, (int, float))):
@@ -598,6 +606,32 @@ def _refuse_unread(raw: Mapping[str, Any], overrides: Sequence[str]) -> None:
         if group in _THROUGH_PHASES and group not in read and group in raw:
             elsewhere = ", or put it into the phase that should use it" if value else ""
             raise Unused(f"{override}: nothing in this run uses {group} ({loss}); drop it{elsewhere}", override)
+
+
+def _refuse_secrets(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse a configuration that holds a secret of the environment: both are written to the run's files."""
+    secrets = {name: value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8}
+    if not secrets:
+        return
+    for name, secret in secrets.items():
+        for text in (*overrides, *_texts(values)):
+            if secret in text:  # which is not shown
+                raise UserError(
+                    f"a value of the configuration holds the secret in the environment variable {name}, and would be "
+                    "written to the run's files; drop it (keys are read from the environment where they are needed)"
+                )
+
+
+def _texts(node: object) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield str(key)
+            yield from _texts(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _texts(value)
+    elif isinstance(node, str):
+        yield node
 
 
 def _loss_words(raw: Mapping[str, Any]) -> str:

@@ -40,6 +40,8 @@ def is_one_line(status: int, err: str, out: str, named: list[str]) -> None:
 
 JSON_LINE = json.dumps({"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."})
 
+PICKLING = "hydra.experimental.callbacks.PickleJobInfoCallback"
+
 MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("near-miss", ["alhpa=0.1"], ["alhpa=0.1", "Did you mean alpha?"]),
     ("near-miss inside a group", ["train.learning_rat=1"], ["train.learning_rat=1", "train.learning_rate"]),
@@ -123,6 +125,30 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
         ["reward=classifier", "reward.name_or_path=/none"],
         ["reward.name_or_path=/none"],
     ),
+    ("unknown flag", ["--nope"], ["unrecognized arguments: --nope", "--help"]),
+    ("flag without its partner", ["--resolve"], ["--resolve", "--cfg"]),
+    ("a pickle", ["--experimental-rerun=config.pickle"], ["--experimental-rerun", "pickle"]),
+    ("a shortened flag", ["--experimental-r", "config.pickle"], ["--experimental-rerun", "pickle"]),
+    ("a callback", ["+hydra.callbacks.x._target_=os.getcwd"], ["os.getcwd", "allowed_targets"]),
+    ("a callback of Hydra's that pickles", [f"+hydra.callbacks.x._target_={PICKLING}"], ["nothing is pickled"]),
+    ("a launcher", ["-m", "seed=0,1", "hydra.launcher._target_=os.getcwd"], ["os.getcwd", "allowed_targets"]),
+    ("a logging handler", ["hydra.job_logging.handlers.file.class=os.getcwd"], ["file.class=os.getcwd"]),
+    ("what logging imports", ["hydra.job_logging.handlers.file.filename=ext://os.environ"], ["ext://os.environ"]),
+    ("logging that cannot be", ["hydra.job_logging.version=2"], ["hydra.job_logging.version=2", "Unsupported version"]),
+    ("a group that is a number", ["model=0.5"], ["model=0.5", "cannot be composed"]),
+    ("nothing removed", ["~=1"], ["~=1"]),
+    ("5000 digits", ["seed=" + "1" * 5000], ["seed=1111", "cannot be composed"]),
+    ("more than 64 bits", ["seed=9223372036854775808"], ["seed=0x8000000000000000...", "64 bits"]),
+    ("a very long value", ["train.precision=" + "x" * 5000], ["train.precision=xxx", " ... ", "fp32, bf16"]),
+    ("NUL", ["cache.dir='a\0b'"], ["cache.dir=a␀b", "NUL"]),
+    ("a circle", ["alpha=${beta}", "beta=${alpha}"], ["alpha"]),
+    ("a range without end", ["-m", "seed=range(0,1000000000)"], ["seed=range(0,1000000000)", "10,000 values"]),
+    ("a range of no step", ["-m", "seed=range(0,3,0)"], ["a step of 0"]),
+    ("a range of nothing", ["-m", "seed=range(3,0)"], ["seed=range(3,0)", "no value"]),
+    ("too many jobs", ["-m", "seed=range(0,200)", "alpha=range(0,200)"], ["40,000 jobs"]),
+    ("a pattern of options", ["-m", "loss=glob(d*)"], ["loss=glob(d*)", "one by one"]),
+    ("a phase that is a path", ["++phases={../x:{loss:${loss},train:${train},reference:sft}}"], ["phases=../x"]),
+    ("a project that is a path", ["tracking=wandb", "tracking.project=../../x"], ["tracking.project=../../x"]),
     ("run directory", ["hydra.run.dir=file/run"], ["file"]),
     ("cache directory", ["cache.dir=file/cache"], ["file"]),
 ]

@@ -7,6 +7,7 @@ Tokens that cross the boundary do not occur; otherwise both sides have the ids t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -15,8 +16,11 @@ import importlib.metadata
 import json
 import math
 import re
+import signal
+import threading
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VERSION = 1  # of how texts become ids: part of what names tokenised data in the cache
+_MOST_IDS = 10_000_000  # of a vocabulary; the largest that are published have under a million
+_TEMPLATE_SECONDS = 10.0  # for a conversation of two words, which takes microseconds
 _TEXTS_PER_CALL = 1024  # the tokenizer keeps about 100 bytes a token while it works on a call
 # For templates that write today's date into the prompt, put before them: the same day in every run.
 _FIXED_DAY = (
@@ -44,6 +50,51 @@ _FIXED_DAY = (
 
 class TemplateRefusal(Exception):
     """The chat template raised an error for this conversation; the message is the template's."""
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], template: str | None, *, for_generation: bool
+) -> str:
+    """A conversation as the text that a chat template makes of it; None: the tokenizer's own template.
+
+    Raises TemplateRefusal for whatever goes wrong in there: a template is a program of whoever made the model. It runs
+    in the sandbox of transformers, which hides Python's own attributes.
+    """
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": turn.role, "content": turn.content} for turn in turns],
+            tokenize=False,
+            add_generation_prompt=for_generation,
+            chat_template=template,
+        )
+    except jinja2.TemplateError as error:
+        raise TemplateRefusal(str(error)) from None
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        raise TemplateRefusal(f"{type(error).__name__}: {error}") from None
+    return str(text)
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TemplateRefusal when the block takes longer; only the main thread can be told so."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def end(*given: object) -> None:
+        raise TemplateRefusal(f"it does not end within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        # Whoever had set an alarm before gets it, late if need be.
+        signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 0.001) if left else 0, interval)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)
@@ -96,6 +147,14 @@ class ChatEncoder:
                 f"model: its tokenizer{of} has no chat template; choose a model that has one, or set "
                 "model.chat_template to a file with a Jinja template"
             )
+        try:
+            self._learn()
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"model: its tokenizer cannot be used ({type(error).__name__}: {error})") from error
+
+    def _learn(self) -> None:
+        """What the tokenizer and its template do. Raises UserError, and anything for files that were altered."""
+        tokenizer = self.tokenizer
         own = tokenizer.get_chat_template()
         self.template_text: str = _FIXED_DAY + own if "strftime_now" in own else own
         added = tokenizer.added_tokens_decoder
@@ -105,8 +164,10 @@ class ChatEncoder:
         # Longest first, and in one order in all processes; without control tokens nothing matches.
         spelled = sorted(control, key=lambda token: (-len(token), token))
         self._control = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
+        if (largest := max(len(tokenizer), *added, 0)) > _MOST_IDS:
+            raise UserError(f"model: its tokenizer has a token id of {largest:,}; no vocabulary is that large")
         # One integer object for each id, shared by all examples: 60,000 pairs would take gigabytes otherwise.
-        self._ids = tuple(range(max(len(tokenizer), *added, 0) + 1))
+        self._ids = tuple(range(largest + 1))
         # Where a model expects a token before any text, and the template does not write it.
         plain = self._tokenize(["a"], add_special_tokens=True)[0]
         self._first = plain[:1] if plain[0] == tokenizer.bos_token_id else ()
@@ -331,7 +392,8 @@ class ChatEncoder:
         """The end-of-turn token; what the template writes behind an answer; and how much of that a response keeps."""
         answer = "answer"
         try:
-            _, (written,) = self._texts((Message("user", "question"),), (answer,))
+            with _at_most(_TEMPLATE_SECONDS):
+                _, (written,) = self._texts((Message("user", "question"),), (answer,))
         except TemplateRefusal as error:
             raise UserError(f"model: its chat template cannot be used: {error}") from None
         _, found, suffix = written.rpartition(answer)
@@ -377,18 +439,7 @@ class ChatEncoder:
         return prompt, written
 
     def _template(self, turns: Sequence[Message], *, for_generation: bool) -> str:
-        import jinja2
-
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": turn.role, "content": turn.content} for turn in turns],
-                tokenize=False,
-                add_generation_prompt=for_generation,
-                chat_template=self.template_text,
-            )
-        except jinja2.TemplateError as error:
-            raise TemplateRefusal(str(error)) from None
-        return str(text)
+        return apply_template(self.tokenizer, turns, self.template_text, for_generation=for_generation)
 
     def _prompts(self, chats: Sequence[_Rendered]) -> list[tuple[int, ...]]:
         """The ids of each prompt, with the token that this model expects first."""

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from dppo.data.encoding import TemplateRefusal, apply_template
 from dppo.errors import UserError
-from dppo.types import Json, Prompt
+from dppo.types import Json, Message, Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -93,9 +94,12 @@ def conversation_tokens(
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
         if tokenizer.chat_template:
-            chat = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
-            text = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
-            row = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+            chat = (*prompt.messages, Message("assistant", answer))
+            try:
+                text = apply_template(tokenizer, chat, None, for_generation=False)
+            except TemplateRefusal as error:
+                raise UserError(f"reward: the chat template of its model cannot be used: {error}") from None
+            row = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         else:
             before = "\n".join(turn.content for turn in prompt.messages)
             row = list(tokenizer(before, answer, truncation="longest_first", max_length=limit)["input_ids"])

@@ -72,8 +72,11 @@ class SearchSettings:
                 raise UserError(f"{key}={getattr(self, key)}: must be at least 1")
         if self.test_seeds < 0:
             raise UserError(f"test_seeds={self.test_seeds}: must be 0 or a number of seeds")
-        if not self.study_name or "/" in self.study_name:
-            raise UserError(f"study_name={self.study_name}: must be a word; it names the directory too")
+        if not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f]+", self.study_name) or len(self.study_name.encode()) > 200:
+            raise UserError(
+                f"study_name={self.study_name}: must be a word of at most 200 bytes that does not begin with a dot; it "
+                "names the directory too"
+            )
         if not 0 <= self.max_failure_rate <= 1:
             raise UserError(f"max_failure_rate={self.max_failure_rate}: must be in [0, 1]")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dppo.artifacts.locks import hold
+from dppo.data.ids import content_hash
 from dppo.errors import UserError
 from dppo.results import command_line
 from dppo.search.samplers import Proposal, Sampler, number_of_trials
@@ -30,6 +31,7 @@ INDEX, OWNER, COMMAND, ERROR, STATUS, ABANDONED = "index", "owner", "command", "
 SEEDS, INTERVALS, WHY, INSTANCES, DEATHS = "seeds", "intervals", "why", "instances", "deaths"
 WORKER = "DPPO_WORKER"  # the variable that holds a worker process's number
 # A trial whose process was killed this often is not tried again.
+_LONGEST_NAME = 200  # bytes of a directory's name
 _MOST_DEATHS = 3
 
 
@@ -300,8 +302,12 @@ def peers(trials: Sequence[FrozenTrial], own: FrozenTrial, labels: Mapping[str, 
 
 
 def folder(name: str) -> str:
-    """A configuration's words as the name of a directory."""
-    return name.replace("/", ".").replace(" ", ",")
+    """A configuration's words as the name of a directory, of which no file system takes more than 255 bytes."""
+    plain = name.replace("/", ".").replace(" ", ",")
+    if len(plain.encode()) <= _LONGEST_NAME:
+        return plain
+    start = plain.encode()[: _LONGEST_NAME - 20].decode(errors="ignore")
+    return f"{start}-{content_hash([name])[:16]}"
 
 
 def _is_lost(trial: FrozenTrial) -> bool:

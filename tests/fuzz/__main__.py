@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=1_000_000, help="number of cases at most")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a case hangs")
     arguments = parser.parse_args(argv)
+    sys.set_int_max_str_digits(0)  # this process writes numbers of thousands of digits; the workers read them
     kinds = [arguments.only] if arguments.only else list(MAKERS)
     with tempfile.TemporaryDirectory(prefix="dppo-fuzz-") as folder:
         root = Path(folder)

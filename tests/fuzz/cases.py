@@ -160,7 +160,8 @@ def judge(case: Case, worker: Worker, top: Path) -> Verdict:
 def _said(case: Case, status: int, out: str, err: str) -> Iterator[tuple[str, str]]:
     for text in (out, err):
         if "Traceback (most recent call last)" in text:
-            yield "traceback", text.strip().splitlines()[-1][:300]
+            own = re.findall(r'File "[^"]*/((?:dppo|hydra_plugins)/[^"]*)", line (\d+)', text)
+            yield "traceback", f"{':'.join(own[-1]) if own else '?'}: {text.strip().splitlines()[-1][:300]}"
             return
     if status not in (*case.statuses, 2):
         yield "status", f"exit status {status}: {err.strip()[-300:]}"

@@ -35,7 +35,7 @@ def data_case(world: Path, number: int, seed: int) -> Case:
     rng = random.Random(f"data {seed} {number}")
     kind = rng.choices(
         (_rows_case, _bytes_case, _place_case, _model_case, _run_case, _answers_case, _folder_case),
-        weights=(30, 22, 8, 16, 16, 12, 8),
+        weights=(30, 22, 8, 7, 14, 12, 6),
     )[0]
     return kind(world, number, rng)
 
@@ -88,21 +88,10 @@ def _rows_case(world: Path, number: int, rng: random.Random) -> Case:
                 made[place] = value
         notes.append(f"{'all' if everywhere else 'a'} {name} {how:.1f} {repr(value)[:60]}")
         name, value = rng.choice(list(ROWS[schema](0))), rng.choice(HARD)
-    data = _encoded(made, ending)
+    data = encoded(made, ending)
     path = f"data{ending}"
     note = f"{schema}{ending}: {'; '.join(notes)}"
     return _case(number, rng, schema, path, note, lambda here: _write(here / path, data))
-
-
-def _encoded(made: list[Any], ending: str) -> bytes:
-    import sys
-
-    before = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(0)  # numbers of thousands of digits are meant
-    try:
-        return encoded(made, ending)
-    finally:
-        sys.set_int_max_str_digits(before)
 
 
 def _inside(rng: random.Random, old: Any, value: Any) -> Any:
@@ -330,7 +319,7 @@ def _model_case(world: Path, number: int, rng: random.Random) -> Case:
                 return
             content = json.loads(file.read_bytes())
             _replace(inner, content, value)
-            _write(file, _encoded([content], ".json")[1:-1])
+            _write(file, encoded([content], ".json")[1:-1])
 
     def put(here: Path) -> None:
         put_inputs(here)
@@ -461,7 +450,7 @@ def _edit(rng: random.Random, target: Path, value: Any) -> None:
         return
     if isinstance(content, (dict, list)):
         _replace(rng, content, value)
-    lines[place] = _encoded([content], ".json")[1:-1].decode()
+    lines[place] = encoded([content], ".json")[1:-1].decode()
     target.write_text("\n".join(lines) + "\n")
 
 
@@ -491,7 +480,7 @@ def _answers_case(world: Path, number: int, rng: random.Random) -> Case:
             name, value = rng.choice(list(made[0])), rng.choice(HARD)
             for place in range(len(given)) if rng.random() < 0.3 else [rng.randrange(len(given))]:
                 given[place][name] = value
-        data, how = _encoded(given, ending), f"{name} {repr(value)[:60]}"
+        data, how = encoded(given, ending), f"{name} {repr(value)[:60]}"
     else:
         data, how = damaged(rng, encoded(given, ending), ending)
     weights = [{"instruction_difficulty": 0.1 * n, "b": 0.3, "": "x"} for n in range(N_ROWS)]
