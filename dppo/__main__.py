@@ -256,9 +256,9 @@ def _main() -> int:
 
 
 def _is_of_hydras_set_up(error: BaseException) -> bool:
-    """Whether Hydra raised this by itself, from its own settings, while it set up logging, directories or a launcher."""
-    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames.count(__name__) == 1 and not any(name.startswith(("dppo.", "hydra_plugins.dppo")) for name in frames[1:])
+    """Whether Hydra raised this by itself, from its own settings, before it came to a job or to our sweeper."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
+    return not any(name == __name__ or name.startswith(("dppo.", "hydra_plugins.dppo")) for name in names)
 
 
 def _help() -> int:

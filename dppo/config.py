@@ -441,10 +441,11 @@ def check_hydra(composed: DictConfig) -> None:
         harmless = (*allowed, "logging.", "colorlog.") if logs else ours
         if not isinstance(target, str) or not target.startswith(harmless) or target.startswith("logging.config."):
             raise UserError(
-                f"{path}={shown(target)}: only {', '.join(harmless)} are called; add its module prefix to allowed_targets"
+                f"{path}={shown(target)}: only {', '.join(harmless)} are called; "
+                "to use your own, add its module prefix to allowed_targets"
             )
         if "pickle" in target.lower():
-            raise UserError(f"{path}={target}: nothing is pickled; a run's config.yaml and command.txt hold its settings")
+            raise UserError(f"{path}={target}: nothing is pickled; config.yaml and command.txt hold a run's settings")
 
 
 def _called(node: Any, path: str) -> Iterator[tuple[str, Any]]:

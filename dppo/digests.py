@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from dppo.errors import UserError
 def content_digest(files: Iterable[Path]) -> str:
     """32 hexadecimal digits for the bytes of these files in this order, whatever their names and folders.
 
-    Raises UserError if one is missing or cannot be read.
+    Raises UserError if one is missing, cannot be read, or is no regular file.
     """
     digest = hashlib.sha256()
     for file in files:
         try:
             status = file.stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+                raise UserError(f"{file}: is no file")
             digest.update(_file_digest(file.resolve(), status.st_size, status.st_mtime_ns))
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ def local_folder(name: str, key: str) -> Path | None:
     A folder that exists wins over a repository of the same name. Raises UserError for a path to nothing, a path to
     a file, and what can be neither path nor repository.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which, unlike Path, leaves the home of an unknown user as it is
     if path.is_dir():
         return path
     if path.is_file():

@@ -199,7 +199,7 @@ def _made_by(run: Run) -> str:
     parts = [f"```sh\n{run.result['command']}\n```"]
     try:
         versions = json.loads((run.path / "versions.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return parts[0]
     return "\n\n".join([*parts, _pairs((key, value) for key, value in versions.items() if value not in (None, []))])
 

@@ -185,7 +185,10 @@ class PretrainedModel:
         if self.chat_template is None:
             return None
         try:
-            return Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+            file = Path(os.path.expanduser(self.chat_template))
+            if file.exists() and not file.is_file():  # reading a pipe would wait for a writer
+                raise UserError(f"model.chat_template={self.chat_template}: is no file")
+            return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template={self.chat_template}: cannot be read ({error})") from None
 
@@ -229,7 +232,7 @@ class GgufModel:
                     f"model.package={self.package}: is not installed; {self.install or 'install it with pip'}"
                 )
             folder = Path(found.origin).parent
-        file = folder / Path(self.file).expanduser()
+        file = folder / Path(os.path.expanduser(self.file))
         if not file.is_file():
             there = ", ".join(sorted(other.name for other in file.parent.glob("*.gguf"))) or "no GGUF file"
             raise UserError(f"model.file={self.file}: there is no such file in {file.parent} (found {there})")

@@ -102,7 +102,8 @@ def test_runs_reports_and_exports_hold_no_secret(
     # It answers no more, but with a page that repeats the key.
     with serve(lambda body: f"no access for {PLANTED['SCORER_KEY']}") as server:
         failing = [word for word in words if not word.startswith(("reward.server.base_url", "hydra.run.dir"))]
-        assert run(monkeypatch, *failing, "hydra.run.dir=outputs/failed", "reward.server.max_attempts=1", f"reward.server.base_url={server.url}/x") == 2
+        failing += ["reward.server.max_attempts=1", f"reward.server.base_url={server.url}/x"]
+        assert run(monkeypatch, *failing, "hydra.run.dir=outputs/failed") == 2
     assert report(["outputs/mine", "--n-bootstrap", "100"]) == 0
     assert export.main(["outputs/mine", "--model", "outputs/exported"]) == 0
     assert compare.main(["outputs", "--n-bootstrap", "100", "--json", "outputs/compared.json"]) == 0

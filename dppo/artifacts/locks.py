@@ -80,5 +80,5 @@ def _describe(holder: Path) -> str:
     try:
         record = json.loads(holder.read_bytes())
         return f"process {record['pid']} on {record['host']} has held it since {record['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process holds it"

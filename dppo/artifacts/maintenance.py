@@ -99,7 +99,7 @@ def _unfinished(layout: Layout) -> Iterator[Found]:
     for path in _listing(layout.root / ".work"):
         if path.is_dir() and (slug := _slug(path.name)) is not None:
             parents: tuple[str, ...] = ()
-            with suppress(OSError, ValueError, KeyError, TypeError):
+            with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 parents = tuple(json.loads(path.with_suffix(".json").read_bytes())["parents"])
             newest = max(map(_modified, [path, *path.rglob("*")]))
             yield Found("unfinished", *slug, path, parents, None, tree_bytes(path), newest)
@@ -118,7 +118,7 @@ def runs(layout: Layout, outputs: Sequence[Path]) -> list[Run]:
             if "parents.json" in names:
                 directories.add(here.resolve())
     for note in _listing(layout.root / ".runs"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             directory = Path(json.loads(note.read_bytes())["run"])
             if (directory / "parents.json").is_file():
                 directories.add(directory)
@@ -131,7 +131,7 @@ def _parents(path: Path) -> frozenset[str]:
         found = frozenset(item["fingerprint"] for item in items)
         if not isinstance(items, list) or not all(FINGERPRINT.fullmatch(item) for item in found):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'{path}: must be a list of {{"stage", "fingerprint"}}; mend or delete it') from None
     return found
 
@@ -227,7 +227,7 @@ def _leftovers(layout: Layout) -> Iterator[tuple[Path, str]]:
         if path.suffix == ".json" and not path.with_suffix("").exists():
             yield path, "its build is complete"
     for path in _listing(layout.root / ".runs"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             if not (Path(json.loads(path.read_bytes())["run"]) / "parents.json").is_file():
                 yield path, "its run directory is gone"
     for path in sorted(layout.root.rglob(".*.tmp")):

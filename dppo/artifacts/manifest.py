@@ -80,13 +80,15 @@ class Manifest:
             return cls(**{**body, "parents": tuple(body["parents"]), "files": files})
         except OSError as error:
             raise Damaged(f"{NAME} cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"{NAME} is unreadable ({type(error).__name__})") from None
 
     def check_files(self, directory: Path, *, deep: bool) -> None:
         """Raise Damaged unless every listed file is there with its size, and if ``deep`` with its sha256."""
         for name, record in self.files.items():
             path = directory / name
+            if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise Damaged(f"{NAME} lists {name!r}, which is no file of this artifact")
             try:
                 if (size := path.stat().st_size) != record.bytes:
                     raise Damaged(f"{name} has {size} bytes instead of {record.bytes}")

@@ -6,6 +6,7 @@ What is read are files that were named or found by their names, never what a cac
 from __future__ import annotations
 
 import glob
+import os
 import tempfile
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -57,17 +58,20 @@ class Files:
         return split == "train" or (split == "test" and self.test_path is not None)
 
     def files(self, split: Split) -> list[Path]:
-        return [Path(self.where(split)).expanduser()]
+        return [Path(os.path.expanduser(self.where(split)))]
 
     def where(self, split: Split) -> str:
         return self.test_path if split == "test" and self.test_path is not None else self.path
 
     def identity(self) -> dict[str, Json]:
-        paths = {"path": self.path, "test_path": self.test_path}
-        return {key: None if path is None else content_digest([Path(path).expanduser()]) for key, path in paths.items()}
+        has_test = self.test_path is not None
+        return {"path": self._digest("train"), "test_path": self._digest("test") if has_test else None}
 
     def stamps(self) -> Iterator[object]:
         yield from _stamps(self)
+
+    def _digest(self, split: Split) -> str:
+        return content_digest(self.files(split))
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ class Published:
         return {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}[split]
 
     def _file(self) -> Path | None:
-        path = Path(self.path).expanduser()
+        path = Path(os.path.expanduser(self.path))
         return path if path.is_file() else None
 
     def _commit(self) -> str:
@@ -222,7 +226,7 @@ def _declares_configs(folder: Path) -> bool:
     try:
         text = (folder / README).read_text(encoding="utf-8")
         head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+    except (OSError, ValueError, yaml.YAMLError, IndexError, RecursionError):
         return False
     return isinstance(head, dict) and bool(head.get("configs"))
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ class Run:
         found: Any = self.result
         for key in name.split("."):
             found = found.get(key) if isinstance(found, Mapping) else None
-        return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+        return float(found) if _finite(found) and not isinstance(found, bool) else None
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _settings(directory: Path) -> dict[str, Any]:
     text = _text(directory / "config.yaml")
     try:
         settings = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise _Damaged("config.yaml is not YAML") from None
     if not isinstance(settings, dict) or type(settings.get("seed")) is not int:
         raise _Damaged("config.yaml is not the configuration of a run: it has no seed")
@@ -214,7 +215,7 @@ def _result(directory: Path) -> dict[str, Any]:
         return {}
     try:
         result = json.loads(_text(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _Damaged("result.json is not JSON, perhaps only half of it was copied") from None
     if not isinstance(result, dict):
         raise _Damaged("result.json is not the result of a run")
@@ -249,7 +250,7 @@ def _pairs(directory: Path) -> dict[str, dict[str, float | None]]:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -260,7 +261,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Damaged(f"{path.name}, line {number}: is not JSON, perhaps only half of it was copied") from None
         if not isinstance(row, dict):
             raise _Damaged(f"{path.name}, line {number}: is not a row")
@@ -270,6 +271,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _text(path: Path, *, may_be_empty: bool = False) -> str:
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
+            raise _Damaged(f"{path.name} is no file")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise _Damaged(f"{path.name} is missing") from None

@@ -12,6 +12,8 @@ from dppo.search.plot_axes import is_number
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines; none if it is not there, and none for a line that was torn."""
+    if not path.is_file():  # reading a pipe would wait for a writer
+        return []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -20,7 +22,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             found.append(row)

@@ -47,17 +47,17 @@ def part(directory: Path, place: int) -> StudyPart:
             if path.stat().st_size > _LARGEST:
                 raise ValueError("too large for a page")
             figures.append((title, embedded(path.read_text(encoding="utf-8"), f"{anchor}-{name}")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             lines.append(f"{path} is not shown: {error}")
     summary = ""
     try:
         if (directory / _SUMMARY).is_file():
             summary = (directory / _SUMMARY).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         lines.append(f"{directory / _SUMMARY} can't be read: {error}")
     try:
         table = _trials(directory, anchor)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         table = None
         lines.append(f"{directory / 'trials.csv'} can't be read: {error}")
     return StudyPart(directory.name, anchor, summary, tuple(figures), table, tuple(lines))

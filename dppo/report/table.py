@@ -51,7 +51,7 @@ class Column:
 def number_of(cell: Cell) -> float | None:
     """What a cell is sorted by; None for text and for what is not known."""
     value = cell.value if isinstance(cell, Interval) else cell
-    if value is None or isinstance(value, str) or math.isnan(value):
+    if not isinstance(value, (int, float)) or math.isnan(value):
         return None
     return float(value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,15 @@ def finished_slots(bench: Workbench, run: str, encoder: ChatEncoder) -> tuple[Sl
     Raises UserError if there is no complete run, if the cache has lost its models, or if they have another tokenizer
     or chat template than ``encoder``.
     """
-    path = Path(run).expanduser() / "result.json"
+    path = Path(os.path.expanduser(run)) / "result.json"
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
+            raise UserError(f"init_from={run}: its result.json is no file")
         result = json.loads(path.read_text(encoding="utf-8"))
         status, command = result["status"], result["command"]
     except FileNotFoundError:
         raise UserError(f"init_from={run}: has no result.json; give the directory of a finished run") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"init_from={run}: its result.json cannot be read ({type(error).__name__})") from None
     if status != "complete":
         raise UserError(f"init_from={run}: that run is {status}; finish it first: {command}")

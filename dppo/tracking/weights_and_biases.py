@@ -64,7 +64,10 @@ class WeightsAndBiases:
         for key, name in (("project", self.project), ("entity", self.entity)):
             # W&B takes no other names, and these name a directory of the cache too.
             plain = name is None or re.fullmatch(r"(?!\.)[^/\\#?%:\x00-\x1f]{1,128}", name) is not None
-            require(plain, key, name or "''", "must be a name of at most 128 characters that does not begin with a dot and has none of / \\ # ? % :")
+            rule = (
+                "must be a name of at most 128 characters that does not begin with a dot and has none of / \\ # ? % :"
+            )
+            require(plain, key, name or "''", rule)
         for key in ("init_timeout_seconds", "finish_timeout_seconds"):
             require(getattr(self, key) > 0, key, getattr(self, key), "must be > 0 seconds")
 

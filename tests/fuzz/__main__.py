@@ -71,7 +71,10 @@ class Session:
         """Run a case; one that is wrong is run again in a fresh process, and told if it is wrong there too."""
         verdict = self._judge(case)
         self.tried[case.kind, verdict.status] += 1
-        print(f"T {time.monotonic() - self.began:.1f} {case.kind} {case.number} {verdict.status} {case.note[:60]}", flush=True)
+        print(
+            f"T {time.monotonic() - self.began:.1f} {case.kind} {case.number} {verdict.status} {case.note[:60]}",
+            flush=True,
+        )
         if verdict.wrong:
             self.worker.stop()
             again = self._judge(case)
@@ -82,7 +85,10 @@ class Session:
                 note = " (not in a fresh process)"
             for kind, detail in verdict.wrong:
                 self.wrong[f"{kind}{note}"] += 1
-                print(f"WRONG {case.kind} {case.number} {kind}{note}: {detail}\n      {case.command}: {case.note}", flush=True)
+                print(
+                    f"WRONG {case.kind} {case.number} {kind}{note}: {detail}\n      {case.command}: {case.note}",
+                    flush=True,
+                )
         return verdict
 
     def show(self, case: Case) -> None:

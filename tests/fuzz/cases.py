@@ -145,9 +145,7 @@ def judge(case: Case, worker: Worker, top: Path) -> Verdict:
             "words": case.words,
         }
     )
-    said_out, said_err = (
-        path.read_bytes().decode("utf-8", "replace") if path.exists() else "" for path in (out, err)
-    )
+    said_out, said_err = (path.read_bytes().decode("utf-8", "replace") if path.exists() else "" for path in (out, err))
     wrong: list[tuple[str, str]] = []
     if isinstance(status, str):
         wrong.append((status.partition(":")[0], status))
@@ -175,7 +173,7 @@ def _said(case: Case, status: int, out: str, err: str) -> Iterator[tuple[str, st
             yield "long", f"a message of {len(errors[0])} characters: {errors[0][:200]}"
     elif status == 0 and errors:
         yield "lines", f"exit status 0, but {errors[0][:300]}"
-    if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", err):
+    if any(re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", line) for line in errors):
         yield "terminal", f"control characters in what is printed: {err[-200:]!r}"
 
 

@@ -110,7 +110,9 @@ def _bytes_case(world: Path, number: int, rng: random.Random) -> Case:
     schema, ending = rng.choice(list(ROWS)), rng.choice(ENDINGS)
     data, how = damaged(rng, encoded(rows(schema), ending), ending)
     path = f"data{rng.choice((ending, ending, ending, ending, *ENDINGS))}"
-    return _case(number, rng, schema, path, f"{schema}{ending} as {path}: {how}", lambda here: _write(here / path, data))
+    return _case(
+        number, rng, schema, path, f"{schema}{ending} as {path}: {how}", lambda here: _write(here / path, data)
+    )
 
 
 def damaged(rng: random.Random, data: bytes, ending: str = "") -> tuple[bytes, str]:
@@ -326,7 +328,14 @@ def _model_case(world: Path, number: int, rng: random.Random) -> Case:
         change(copy_model(world, here))
 
     words = ["model=pretrained", "model.name_or_path=model", *extra, "device=cpu"]
-    chosen = rng.choice((["sft=none"], [], ["dataset=pairs_file", "dataset.path=pairs.jsonl", "reward=length"], ["reward=classifier", "reward.name_or_path=model"]))
+    chosen = rng.choice(
+        (
+            ["sft=none"],
+            [],
+            ["dataset=pairs_file", "dataset.path=pairs.jsonl", "reward=length"],
+            ["reward=classifier", "reward.name_or_path=model"],
+        )
+    )
     words = small(*words, *chosen)
     if rng.random() < 0.5:
         words.append("dry_run=true")
@@ -439,7 +448,9 @@ def _edit(rng: random.Random, target: Path, value: Any) -> None:
     text = target.read_text()
     if target.suffix == ".yaml":
         content = yaml.safe_load(text)
-        _replace(rng, content, value if not isinstance(value, str) else value.replace("\ud800", "").replace("\udfff", ""))
+        _replace(
+            rng, content, value if not isinstance(value, str) else value.replace("\ud800", "").replace("\udfff", "")
+        )
         target.write_bytes(yaml.safe_dump(content).encode("utf-8", "surrogatepass"))
         return
     lines = text.splitlines() if target.suffix == ".jsonl" else [text]
@@ -491,12 +502,15 @@ def _answers_case(world: Path, number: int, rng: random.Random) -> Case:
         _write(here / "w.csv", encoded(weights, ".csv"))
 
     return Case(
-        "data", number, "dppo.evaluate", (*words, "--n-bootstrap", "100", "--json", "outputs.json"), put, note=f"answers {kind}{ending}: {how}"
+        "data",
+        number,
+        "dppo.evaluate",
+        (*words, "--n-bootstrap", "100", "--json", "outputs.json"),
+        put,
+        note=f"answers {kind}{ending}: {how}",
     )
 
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-
-

@@ -148,7 +148,9 @@ def sweep_case(world: Path, number: int, seed: int) -> Case:
     else:
         spaces = [_swept(rng, _SPACES) for _ in range(rng.randint(1, 2))]
         settings = [_swept(rng, _SEARCH) for _ in range(rng.randint(0, 2))]
-        first = rng.choice((["+sweep=alpha"], ["+sweep=alpha_zeta"], ["hydra/sweeper=optuna"], ["hydra/sweeper=optuna"]))
+        first = rng.choice(
+            (["+sweep=alpha"], ["+sweep=alpha_zeta"], ["hydra/sweeper=optuna"], ["hydra/sweeper=optuna"])
+        )
         words = ["-m", *first, "hydra.sweeper.n_trials=2", *spaces, *settings]
         mutated = [*spaces, *settings]
     if rng.random() < 0.3:

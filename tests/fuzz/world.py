@@ -70,10 +70,22 @@ ROWS: dict[str, Callable[[int], Row]] = {
 }
 # Words that read a schema from the path {path}; {folder} is a folder in the published layout of that option.
 READERS: dict[str, list[list[str]]] = {
-    "pairs": [["dataset=pairs_file", "dataset.path={path}", "loss=dpo"], ["dataset=trl_preference", "dataset.path={path}"]],
-    "chat pairs": [["dataset=pairs_file", "dataset.path={path}", "loss=unll"], ["dataset=trl_preference", "dataset.path={path}"]],
-    "ranked": [["dataset=ranked_file", "dataset.path={path}", "loss=rrhf"], ["dataset=ranked_file", "dataset.path={path}", "loss=dpo"]],
-    "labelled": [["dataset=labelled_file", "dataset.path={path}", "loss=kto"], ["dataset=kto_labels", "dataset.path={path}", "loss=kto"]],
+    "pairs": [
+        ["dataset=pairs_file", "dataset.path={path}", "loss=dpo"],
+        ["dataset=trl_preference", "dataset.path={path}"],
+    ],
+    "chat pairs": [
+        ["dataset=pairs_file", "dataset.path={path}", "loss=unll"],
+        ["dataset=trl_preference", "dataset.path={path}"],
+    ],
+    "ranked": [
+        ["dataset=ranked_file", "dataset.path={path}", "loss=rrhf"],
+        ["dataset=ranked_file", "dataset.path={path}", "loss=dpo"],
+    ],
+    "labelled": [
+        ["dataset=labelled_file", "dataset.path={path}", "loss=kto"],
+        ["dataset=kto_labels", "dataset.path={path}", "loss=kto"],
+    ],
     "chats": [
         ["dataset=pairs_file", "dataset.path=pairs.jsonl", "dataset.sft_path={path}"],
         ["dataset=ultrachat", "dataset.path={path}", "loss=none"],
