@@ -809,7 +809,7 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
         raise UserError(f"{path}={shown(value)}: must be {wanted} (got {_kind(value)})")
     if kind is float and value != value:
         raise UserError(f"{path}=nan: must be a number")
-    if kind is str and "\0" in value:
+    if kind is str and "\0" in str(value):
         raise UserError(f"{path}={value}: must not hold a NUL character")
     return value
 

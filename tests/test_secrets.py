@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import dppo.__main__ as entry
-from dppo import compare, export, sync
+from dppo import compare, config, export, sync
 from dppo.report.__main__ import main as report
 from tests.conftest import small
 from tests.endpoint_server import serve
@@ -149,4 +149,4 @@ def test_what_is_no_secret_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(os.environ, "TOKENIZERS_PARALLELISM", "instructions")
     monkeypatch.setitem(os.environ, "MY_TOKEN", "tiny")  # too short to be one
     words = ["dry_run=true"]
-    entry.config.load(entry.config.compose(words), words)
+    config.load(config.compose(words), words)

@@ -71,10 +71,6 @@ class Session:
         """Run a case; one that is wrong is run again in a fresh process, and told if it is wrong there too."""
         verdict = self._judge(case)
         self.tried[case.kind, verdict.status] += 1
-        print(
-            f"T {time.monotonic() - self.began:.1f} {case.kind} {case.number} {verdict.status} {case.note[:60]}",
-            flush=True,
-        )
         if verdict.wrong:
             self.worker.stop()
             again = self._judge(case)

@@ -185,11 +185,11 @@ def _place_case(world: Path, number: int, rng: random.Random) -> Case:
         "pipe": (f"p{ending}", lambda here: os.mkfifo(here / f"p{ending}")),
         "link to itself": (f"l{ending}", lambda here: (here / f"l{ending}").symlink_to(f"l{ending}")),
         "link to nothing": (f"l{ending}", lambda here: (here / f"l{ending}").symlink_to("nowhere")),
-        "link to a file": (f"l{ending}", lambda here: (_write(here / f"v{ending}", valid), (here / f"l{ending}").symlink_to(f"v{ending}"))),
+        "link to a file": (f"l{ending}", lambda here: _linked(here, ending, valid)),
         "link to a device": (f"l{ending}", lambda here: (here / f"l{ending}").symlink_to("/dev/zero")),
         "link to memory": (f"l{ending}", lambda here: (here / f"l{ending}").symlink_to("/proc/self/mem")),
-        "other user's": (forbidden, lambda here: (_write(here / forbidden, valid), (here / forbidden).chmod(0o600))),
-        "other user's folder": (f"x.forbidden/d{ending}", lambda here: (_write(here / f"x.forbidden/d{ending}", valid), (here / "x.forbidden").chmod(0o700))),
+        "other user's": (forbidden, lambda here: _closed(here / forbidden, valid)),
+        "other user's folder": (f"x.forbidden/d{ending}", lambda here: _closed(here / "x.forbidden", valid, f"d{ending}")),
         "below a file": (f"pairs.jsonl/d{ending}", lambda here: None),
         "long name": ("x" * 300 + ending, lambda here: None),
         "long path": ("x/" * 3000 + ending, lambda here: None),
@@ -204,7 +204,7 @@ def _place_case(world: Path, number: int, rng: random.Random) -> Case:
     }  # fmt: skip
     how = rng.choice(list(ways))
     path, prepare = ways[how]
-    return _case(number, rng, schema, path, f"{schema}{ending}: {how}", lambda here: (prepare(here), None)[1])
+    return _case(number, rng, schema, path, f"{schema}{ending}: {how}", prepare)
 
 
 def _folder_case(world: Path, number: int, rng: random.Random) -> Case:
@@ -509,6 +509,17 @@ def _answers_case(world: Path, number: int, rng: random.Random) -> Case:
         put,
         note=f"answers {kind}{ending}: {how}",
     )
+
+
+def _linked(here: Path, ending: str, data: bytes) -> None:
+    _write(here / f"v{ending}", data)
+    (here / f"l{ending}").symlink_to(f"v{ending}")
+
+
+def _closed(path: Path, data: bytes, inside: str = "") -> None:
+    """A file, or with ``inside`` a folder, that only its owner may read."""
+    _write(path / inside if inside else path, data)
+    path.chmod(0o700 if inside else 0o600)
 
 
 def _write(path: Path, data: bytes) -> None:
