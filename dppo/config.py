@@ -499,7 +499,7 @@ def known_keys(words: Sequence[str]) -> list[str]:
 
     try:
         composed = compose([word for word in words if "." not in key_of(word).partition("@")[0]])
-    except HydraException:
+    except (HydraException, UserError):
         composed = compose()
     base = cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False))
     return dotted.names({str(key): value for key, value in base.items()})
@@ -516,6 +516,8 @@ def load(composed: DictConfig, overrides: Sequence[str] = ()) -> Experiment:
 
     raw = cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False))
     raw.pop("hydra", None)
+    if raw.get("phases") and not isinstance(raw["phases"], Mapping):
+        raise UserError(f"phases={shown(raw['phases'])}: must be a mapping (got {_kind(raw['phases'])})")
     _refuse_unread(raw, overrides)
     try:
         values = cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))

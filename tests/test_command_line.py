@@ -137,6 +137,8 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("logging that cannot be", ["hydra.job_logging.version=2"], ["hydra.job_logging.version=2", "Unsupported version"]),
     ("a group that is a number", ["model=0.5"], ["model=0.5", "cannot be composed"]),
     ("nothing removed", ["~=1"], ["~=1"]),
+    ("a wrong key beside a wrong group", ["phases.x.loss=1", "model=-inf"], ["phases.x.loss=1"]),
+    ("phases that are a number", ["phases=0.5"], ["phases=0.5", "must be a mapping"]),
     ("5000 digits", ["seed=" + "1" * 5000], ["seed=1111", "cannot be composed"]),
     ("more than 64 bits", ["seed=9223372036854775808"], ["seed=0x8000000000000000...", "64 bits"]),
     ("a very long value", ["train.precision=" + "x" * 5000], ["train.precision=xxx", " ... ", "fp32, bf16"]),

@@ -30,7 +30,7 @@ from dppo.hub import local_folder
 from dppo.report.table import number_of
 from dppo.search.study import folder
 from tests.fuzz.__main__ import main as fuzz
-from tests.fuzz.words import VALUES, keys_of, mutated
+from tests.fuzz.words import VALUES, keys_of, mutation
 from tests.runs import write_run
 
 COLUMNS = (
@@ -48,7 +48,7 @@ ANYTHING = st.recursive(
     max_leaves=6,
 )
 WORDS = st.one_of(
-    st.integers(0, 2**32).map(lambda seed: mutated(random.Random(seed), ())),
+    st.integers(0, 2**32).map(lambda seed: mutation(random.Random(seed), ())),
     st.builds(lambda key, value: f"{key}={value}", st.sampled_from(keys_of((), False)), st.sampled_from(VALUES)),
     st.builds(lambda key, value: f"{key}={value}", st.sampled_from(keys_of((), False)), st.text(max_size=12)),
     st.text(min_size=1, max_size=20),

@@ -119,7 +119,7 @@ def override_case(world: Path, number: int, seed: int) -> Case:
     base = rng.choice(_BASES)
     real = rng.random() < 0.12 and not any("endpoint" in word or "judge" in word or "wandb" in word for word in base)
     words = [*small(*base, "device=cpu"), *([] if real else ["dry_run=true"])]
-    mutated = [mutated(rng, tuple(base)) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+    mutated = [mutation(rng, tuple(base)) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
     for word in mutated:
         if rng.random() < 0.2:
             words = [one for one in words if config.key_of(one) != config.key_of(word)]
@@ -154,7 +154,7 @@ def sweep_case(world: Path, number: int, seed: int) -> Case:
         words = ["-m", *first, "hydra.sweeper.n_trials=2", *spaces, *settings]
         mutated = [*spaces, *settings]
     if rng.random() < 0.3:
-        mutated.append(mutated(rng, ()))
+        mutated.append(mutation(rng, ()))
         words.append(mutated[-1])
     rest = [word for word in small("device=cpu") if config.key_of(word) not in {config.key_of(one) for one in words}]
     words += rest
@@ -174,7 +174,7 @@ def _huge(word: str) -> bool:
     return any(part in word for part in ("000000", "11111", "9223372", "1e308", "1e5", "1_000", "0x10", "range"))
 
 
-def mutated(rng: random.Random, base: tuple[str, ...]) -> str:
+def mutation(rng: random.Random, base: tuple[str, ...]) -> str:
     draw = rng.random()
     if draw < 0.3:
         return rng.choice(WHOLE)
