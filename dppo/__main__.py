@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,8 @@ from dppo.command_line import (
     complain,
     explain_composition,
 )
-from dppo.errors import JobError, Pruned, Resumable, UserError
+from dppo.errors import JobError, Pruned, Resumable, UserError, lost_process
+from dppo.processes import rank, world_size
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
     from dppo.tracking import Place
 
+# A process whose error may be another one's as well waits so long, in seconds: the launcher ends it meanwhile if so.
+_MOMENT = 5.0
 # More jobs than this are not all composed before the first one; every swept value is still checked once.
 _CHECKED_JOBS = 200
 # More jobs than this nobody means: a range with a digit too many.
@@ -72,7 +76,7 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
         if experiment.dry_run:
             planned = plan.plan(experiment, also_built=_planned)
             _planned.update(planned.makes)
-            if int(os.environ.get("RANK", "0")) == 0:
+            if rank() == 0:
                 _print(plan.lines(planned))
             return math.nan
         if search and CALIBRATION in os.environ:
@@ -100,13 +104,18 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
         # Not an Exception: a multirun must stop as well.
         raise KeyboardInterrupt(str(stop)) from None
     except UserError as error:
-        if hydra.mode == RunMode.MULTIRUN:
+        if hydra.mode == RunMode.MULTIRUN and world_size() == 1:
             # The other jobs go on; which one failed is said at once, and again by the exit status.
             complain(f"job {hydra.job.num} ({' '.join(overrides)}): {error}")
             raise
-        # Past Hydra, which would announce an exception in lines of its own.
-        raise SystemExit(complain(str(error))) from None
+        # Past Hydra, which would announce an exception in lines of its own. Several processes don't go on with the
+        # next job: this one does not know whether the others have failed too.
+        raise SystemExit(_complain_once(str(error))) from None
     except Exception as error:
+        if lost_process(error) and world_size() > 1:
+            time.sleep(_MOMENT)
+            complain("another process of this run has ended, its own message says why; the same command continues")
+            raise SystemExit(EXIT_FAILED) from None
         if not search or str(hydra.launcher._target_).endswith(".BasicLauncher"):
             raise
         sent = JobError(f"{type(error).__name__}: {error}")
@@ -115,6 +124,13 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     finally:
         startup.end()  # a run that finds everything in the cache loads no model
     return values[0] if len(values) == 1 else values
+
+
+def _complain_once(message: str) -> int:
+    """The one line of an error, from one process of those that have it."""
+    if rank() > 0:
+        time.sleep(_MOMENT)
+    return complain(message)
 
 
 def _place(hydra: Any, overrides: Sequence[str], directory: Path, *, search: bool) -> Place:
@@ -191,13 +207,13 @@ def _main() -> int:
         checking = _runs_something(typed)
         arguments = config.canonical(typed)
     except UserError as error:
-        return complain(str(error))
+        return _complain_once(str(error))
     overrides = [word for word in arguments if not word.startswith("-")]
     if not any(word.startswith("hydra.searchpath=") for word in overrides):
         # Beside the first override: argparse takes no flag between two of them.
         places = [at for at, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
         arguments.insert(places[0] if places else len(arguments), f"hydra.searchpath=[file://{config.SWEEPS_DIR}]")
-    sys.argv[1:] = [*arguments, *_SILENT] if int(os.environ.get("RANK", "0")) > 0 and checking else arguments
+    sys.argv[1:] = [*arguments, *_SILENT] if rank() > 0 and checking else arguments
     nowhere = _nowhere(arguments) if checking else None
     if nowhere is not None:
         sys.argv[1:] = _placed(sys.argv[1:], nowhere.name)
@@ -222,11 +238,11 @@ def _main() -> int:
             raise
         at_end.finish()
     except UserError as error:
-        return complain(str(error))
+        return _complain_once(str(error))
     except InterpolationResolutionError as error:
-        return complain(str(error).splitlines()[0])
+        return _complain_once(str(error).splitlines()[0])
     except HydraException as error:
-        return complain(explain_composition(error, overrides, config.known_keys(overrides)))
+        return _complain_once(explain_composition(error, overrides, config.known_keys(overrides)))
     except Resumable as stop:
         print(f"interrupted: {stop} continues", file=sys.stderr)
         return EXIT_INTERRUPTED

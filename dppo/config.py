@@ -94,6 +94,7 @@ class TrainSettings:
     activation_checkpointing: bool
     compile: bool
     deterministic: bool
+    sharding: Literal["none", "fsdp"]
     log_every: int
     evaluate_every: int | None
     n_evaluation_examples: int
@@ -141,6 +142,7 @@ class TrainSettings:
             "attention",  # the kernel that it comes to is among the numerics
             "activation_checkpointing",
             "compile",  # among the numerics as well
+            "sharding",
             "log_every",
             "checkpoint_every",
             "penalty_gradient_ratio",

@@ -29,6 +29,13 @@ class Resumable(KeyboardInterrupt):
     """The user stopped what another command continues; the message says which."""
 
 
+def lost_process(error: BaseException) -> bool:
+    """Whether a process could not go on because another one of its run is gone; gloo says so in text only."""
+    said = str(error).lower()
+    closed = any(words in said for words in ("connection closed by peer", "connection reset by peer", "broken pipe"))
+    return type(error).__name__.startswith("Dist") or (isinstance(error, RuntimeError) and closed)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine had no memory left; PyTorch says so in the text of a RuntimeError."""
     said = str(error).lower()

@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from dppo import sharding
 from dppo.attention import Kernel
 from dppo.batches import batches, collate, micro_batches
 from dppo.config import TrainSettings
 from dppo.errors import Pruned, is_out_of_memory
 from dppo.logps import ResponseScorer
 from dppo.losses.penalised import PenalisedLoss
+from dppo.processes import broadcast, gather
 from dppo.progress import Progress
 from dppo.types import (
     Batch,
@@ -317,7 +319,7 @@ def train(
     scorer = scorer_of(model, settings.packing, settings.kernel(accelerator.device.type))
     if settings.compile:
         scorer.compile_layers()
-    prepared = accelerator.prepare(scorer)
+    prepared = sharding.prepare(accelerator, scorer, settings)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimiser = torch.optim.AdamW(
         _decay_groups(parameters, settings.weight_decay),
@@ -359,11 +361,12 @@ def train(
                 sums, state.statistics, tokens, bad = run.accumulate(batch, before, logged=logged)
             except (RuntimeError, MemoryError) as error:
                 draws = settings.dropout > 0 or (settings.lora is not None and settings.lora.dropout > 0)
-                if main and state.step and not draws and is_out_of_memory(error):
+                alone = not sharding.shards(settings)  # without the other processes nothing can be put together
+                if main and alone and state.step and not draws and is_out_of_memory(error):
                     # Model and optimiser are as the step before left them, and so is the generator.
                     optimiser.zero_grad(set_to_none=True)
                     with contextlib.suppress(RuntimeError, MemoryError, OSError):
-                        _save(checkpoints, parameters, optimiser, state)
+                        _save(checkpoints, parameters, optimiser, state, accelerator)
                 raise
             grad_norm, beside = math.nan, {}
             if not bad:
@@ -406,8 +409,10 @@ def train(
                     log({"step": state.step} | beside | evaluated)
                 if found["loss"] < state.best_loss:
                     state.best_loss, state.best_step = float(found["loss"]), state.step
-                    if settings.save == "best" and main:
-                        _write_tensors(checkpoints / "best.safetensors", dict(parameters), {})
+                    if settings.save == "best":
+                        best = sharding.whole_in_main(parameters, accelerator)
+                        if main:
+                            _write_tensors(checkpoints / "best.safetensors", best, {})
             pruned: str | None = None
             if interim is not None and state.step in interim.percent_at:
                 row = run.interim(interim, scorer, held_out, state)
@@ -417,8 +422,8 @@ def train(
                 (pruned,) = broadcast(accelerator, [pruned])
             due = settings.checkpoint_every is not None and state.step % settings.checkpoint_every == 0
             stopping = run.any_rank(stopped.is_set())
-            if main and (pruned or stopping or (due and not last)):
-                _save(checkpoints, parameters, optimiser, state)
+            if pruned or stopping or (due and not last):
+                _save(checkpoints, parameters, optimiser, state, accelerator)
             if pruned:
                 raise Pruned(pruned, state.step)
             if stopping:
@@ -426,6 +431,7 @@ def train(
     if settings.save == "best" and state.best_step is not None:
         accelerator.wait_for_everyone()
         _load_tensors(checkpoints / "best.safetensors", parameters)
+    sharding.undivide(prepared, accelerator)
     return Outcome("complete", state.step, (), state.best_step, state.computed_tokens, state.watch.notices)
 
 
@@ -480,7 +486,9 @@ class _Run:
         bad: tuple[str, ...] = ()
         for number, (part, counts) in enumerate(parts):
             last = number == len(parts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.scorer):
+            # Divided gradients are added up as such: on its own each process would need room for all of them.
+            adds_up = last or sharding.shards(self.settings)
+            with contextlib.nullcontext() if adds_up else self.accelerator.no_sync(self.scorer):
                 batch, policy, reference, context = self._forward(part, mean_tokens, statistics)
                 if statistics is not None and scope == "micro_batch":
                     # A copy, because log-probs remember their sums, here those without gradients.
@@ -532,7 +540,8 @@ class _Run:
         for name, value in parameters.items():
             ours, own = whole[name], value.grad
             if ours is not None and own is not None:
-                squares += torch.stack([(ours - own).square().sum(), own.square().sum()]).double().cpu()
+                both = (ours - own).square().sum(), own.square().sum()
+                squares += torch.stack([sharding.whole(one) for one in both]).double().cpu()
             value.grad = ours
         penalty_norm, base_norm = squares.sqrt().tolist()
         return penalty_norm / base_norm if base_norm > 0 else math.inf
@@ -540,9 +549,9 @@ class _Run:
     def step(self, optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], weight: float) -> float:
         """Divide the summed gradients by the batch's weight, clip, step. Returns the norm before clipping."""
         gradients = [value.grad for value in parameters.values() if value.grad is not None]
-        # DDP has averaged over ranks: times their number gives the sum again.
+        # DDP and FSDP2 have averaged over ranks: times their number gives the sum again.
         torch._foreach_mul_(gradients, self.accelerator.num_processes / weight)
-        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), self.settings.max_grad_norm)
+        norm = sharding.whole(torch.nn.utils.clip_grad_norm_(list(parameters.values()), self.settings.max_grad_norm))
         if torch.isfinite(norm):
             optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -569,11 +578,14 @@ class _Run:
         """What is measured after a step; only the main process's row holds what was decoded."""
         started = time.perf_counter()
         row: Metrics = {}
-        if interim.measure is not None and self.accelerator.is_main_process:
-            training = scorer.training
-            scorer.eval()
-            row = {f"interim/{name}": value for name, value in interim.measure(scorer).items()}
-            scorer.train(training)
+        if interim.measure is not None:
+            with sharding.held_whole(self.scorer):
+                if self.accelerator.is_main_process:
+                    training = scorer.training
+                    scorer.eval()
+                    row = {f"interim/{name}": value for name, value in interim.measure(scorer).items()}
+                    scorer.train(training)
+                self.accelerator.wait_for_everyone()
         if interim.metric == "accuracy":
             row["interim/accuracy"] = self.evaluate(held_out, state.statistics)["accuracy"]
         return {
@@ -615,10 +627,8 @@ class _Run:
     def _over_ranks(self, sums: Accumulated) -> Accumulated:
         if self.accelerator.num_processes == 1:
             return sums
-        from accelerate.utils import gather_object
-
         whole = Accumulated()
-        for part in gather_object([sums]):
+        for part in gather(self.accelerator, sums):
             whole.value += part.value
             whole.weight += part.weight
             whole.n_examples += part.n_examples
@@ -629,20 +639,7 @@ class _Run:
         return whole
 
     def _first_bad(self, bad: tuple[str, ...]) -> tuple[str, ...]:
-        if self.accelerator.num_processes == 1:
-            return bad
-        from accelerate.utils import gather_object
-
-        return next((ids for ids in gather_object([bad]) if ids), ())
-
-
-def broadcast(accelerator: Accelerator, values: list[Any]) -> list[Any]:
-    """The main process's values, in every process."""
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(values)
-    return values
+        return next((ids for ids in gather(self.accelerator, bad) if ids), ())
 
 
 def _scope(objective: Objective) -> Literal["optimiser_batch", "micro_batch"] | None:
@@ -753,7 +750,7 @@ def _load_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     found = load_file(path)
     with torch.no_grad():
         for name, value in parameters.items():
-            value.copy_(found[name])
+            value.copy_(sharding.divided(found[name], value))
 
 
 def _saved(directory: Path) -> list[Path]:
@@ -762,14 +759,24 @@ def _saved(directory: Path) -> list[Path]:
 
 
 def _save(
-    directory: Path, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, state: _State
+    directory: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    state: _State,
+    accelerator: Accelerator,
 ) -> None:
-    """One file with model, optimiser, statistics and generator state; the previous one goes after it is complete."""
+    """One file with model, optimiser, statistics and generator state; the previous one goes after it is complete.
+
+    The main process writes it, whole, so that any number of processes can go on from it; all enter.
+    """
     tensors: dict[str, Tensor] = {"generator": torch.get_rng_state()}
     for name, value in parameters.items():
         tensors[f"parameter.{name}"] = value
         for key, part in optimiser.state.get(value, {}).items():
             tensors[f"{key}.{name}"] = part if isinstance(part, Tensor) else torch.tensor(part)
+    tensors = sharding.whole_in_main(tensors, accelerator)
+    if not accelerator.is_main_process:
+        return
     if torch.cuda.is_available():
         tensors["generator_cuda"] = torch.cuda.get_rng_state()
     if state.statistics is not None:
@@ -806,7 +813,7 @@ def _restore(
         names = set(file.keys())
         with torch.no_grad():
             for name, value in parameters.items():
-                value.copy_(file.get_tensor(f"parameter.{name}"))
+                value.copy_(sharding.divided(file.get_tensor(f"parameter.{name}"), value))
                 found = {
                     key: file.get_tensor(f"{key}.{name}")
                     for key in ("step", "exp_avg", "exp_avg_sq")
@@ -814,7 +821,7 @@ def _restore(
                 }
                 if found:
                     optimiser.state[value] = {
-                        key: part if key == "step" and value.device.type == "cpu" else part.to(value.device)
+                        key: part.to(value.device) if key == "step" else sharding.divided(part, value)
                         for key, part in found.items()
                     }
         torch.set_rng_state(file.get_tensor("generator"))

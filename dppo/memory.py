@@ -87,7 +87,8 @@ class Step:
     """A kind of step. ``architecture`` is the model's configuration, ``scorer_of`` what wraps the model.
 
     ``trains`` is False for a forward pass without gradients; ``copies`` of the gradients lie beside those of a step,
-    ``prepare`` adds to the model what the scorer needs.
+    ``prepare`` adds to the model what the scorer needs. Over ``shards`` processes gradients and moments are divided;
+    weights count in full, because every process loads them all first.
     """
 
     architecture: PretrainedConfig
@@ -95,6 +96,7 @@ class Step:
     scorer_of: ScorerOf
     trains: bool
     copies: int = 0
+    shards: int = 1
     prepare: Callable[[PreTrainedModel], None] = lambda model: None
 
     def peak(self, part: Sequence[EncodedExample], *, accumulates: bool) -> Peak:
@@ -117,8 +119,8 @@ class Step:
             activations = _traces.get(key, lambda: self._activations(model, part, accumulates, trained))
         return Peak(
             weights=_kept_bytes(model, settings.lora),
-            gradients=trained * (1 + self.copies),
-            moments=2 * trained,
+            gradients=trained * (1 + self.copies) // self.shards,
+            moments=2 * trained // self.shards,
             activations=activations,
             tokens=sum(one.n_tokens for one in part),
         )

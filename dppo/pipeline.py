@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from dppo import __version__, on_policy, results, threads
+from dppo import __version__, on_policy, processes, results, sharding, threads
 from dppo.artifacts import Cache
 from dppo.artifacts.manifest import Manifest
 from dppo.artifacts.stores import n_rows
@@ -251,6 +251,7 @@ def _stages(
         phase.train.kernel(bench.device.type)
         if phase.train.compile:
             check_compiler(bench.device.type)
+        sharding.check(phase.train, bench.accelerator.num_processes, "train")
 
     if experiment.init_from is None:
         reference = sft(bench, experiment.model, experiment.dataset, experiment.sft, encoder)
@@ -713,7 +714,6 @@ def _workbench(experiment: Experiment) -> Workbench:
 def workbench(cache_dir: str, device: str) -> Workbench:
     """The cache and the device of a run; makes no directory. Raises UserError for a device that is not there."""
     import torch
-    from accelerate import Accelerator
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}: this machine has no CUDA device; choose device=cpu or device=auto")
@@ -724,7 +724,7 @@ def workbench(cache_dir: str, device: str) -> Workbench:
     threads.settle()
     if ":" in device:
         getattr(torch, device.partition(":")[0]).set_device(int(device.partition(":")[2]))
-    return Workbench(Cache(Path(cache_dir)), Accelerator(cpu=device == "cpu"))
+    return Workbench(Cache(Path(cache_dir)), processes.accelerator(cpu=device == "cpu"))
 
 
 def _run_info(

@@ -6,22 +6,30 @@ import sys
 import time
 from types import TracebackType
 
+from dppo.processes import rank
+
 # Without a terminal a long stage still says every so often that it lives.
 _SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """``with Progress("train", 150, "step") as progress: ... progress.advance()``; ``total`` and counts in units."""
+    """``with Progress("train", 150, "step") as progress: ... progress.advance()``; ``total`` and counts in units.
 
-    def __init__(self, title: str, total: int, unit: str, *, start: int = 0) -> None:
+    Of several processes the first one alone shows anything. Where ``total`` is its share ``of`` what all do, it shows
+    the whole: the shares are equal work.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, *, start: int = 0, of: int | None = None) -> None:
         from tqdm import tqdm
 
-        self._title, self._total, self._unit, self._done, self._first = title, total, unit, start, start
+        self._title, self._unit, self._share, self._own = title, unit, total, start
+        self._total, self._done, self._first = total if of is None else of, start, start
         self._started = self._printed = time.monotonic()
         self._note = ""
-        self._terminal = sys.stderr.isatty()
+        self._speaks = rank() == 0
+        self._terminal = self._speaks and sys.stderr.isatty()
         self._bar = tqdm(
-            total=total,
+            total=self._total,
             initial=start,
             desc=f"  {title}",
             unit=unit,
@@ -32,10 +40,12 @@ class Progress:
         )
 
     def advance(self, n: int = 1) -> None:
-        self._done += n
-        self._bar.update(n)
+        self._own += n
+        done = self._own if self._share == self._total else self._own * self._total // self._share
+        self._bar.update(done - self._done)
+        self._done = done
         now = time.monotonic()
-        if not self._terminal and now - self._printed >= _SECONDS_BETWEEN_LINES:
+        if self._speaks and not self._terminal and now - self._printed >= _SECONDS_BETWEEN_LINES:
             self._printed = now
             rate = (self._done - self._first) / (now - self._started)
             left = (self._total - self._done) / rate if rate else 0.0

@@ -33,6 +33,7 @@ from dppo.errors import UserError
 from dppo.evaluation.histogram import shared_bins
 from dppo.evaluation.win_rates import wilson
 from dppo.loop import PERCENT, SETUP, Metrics
+from dppo.processes import world_size
 from dppo.types import Artifact, Generation, Json, Prompt
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def versions() -> dict[str, Json]:
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": world_size(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
 
@@ -123,7 +124,7 @@ def complete(
     """The content of ``result.json`` for a run that reached its end.
 
     ``status``; ``models`` {policy, reference}, each "stage/fingerprint" in the cache; ``split`` and ``n_prompts``;
-    ``decoding`` of both models' answers, in words;
+    ``decoding`` of both models' answers, in words; ``processes`` that the run was;
     ``objective`` (= ``win_rate.value``); ``win_rate`` {value (ties = 1/2), ci_low, ci_high, strict (ties lose),
     strict_ci_low, strict_ci_high, n, wins, ties}; ``reward`` {policy, reference, delta, each {value, ci_low, ci_high},
     negative_share}; ``length`` {policy, reference, each {tokens, characters, end_of_turn_rate}}; ``kl``
@@ -146,6 +147,7 @@ def complete(
         },
         "split": split,
         "decoding": decoding,
+        "processes": int(bench.accelerator.num_processes),
         "objective": compared["win_rate"]["value"],
         **compared,
         **moved,

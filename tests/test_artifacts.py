@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dppo.artifacts import Build, Cache, MissingRows, Store, Tokens, fingerprint, require_rows, short
-from dppo.artifacts.fingerprint import canonical
+from dppo.artifacts.fingerprint import canonical, to_bytes
 from dppo.artifacts.layout import identify
 from dppo.errors import UserError
 
@@ -250,12 +250,26 @@ def test_a_build_becomes_an_artifact_with_a_manifest(cache: Cache) -> None:
     assert manifest.versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"dppo", "torch", "transformers", "numpy"} <= manifest.versions.keys()
     assert manifest.threads >= 1
+    assert manifest.processes == 1
     assert manifest.files["model/weights.bin"].sha256 == hashlib.sha256(b"weights").hexdigest()
     assert manifest.files["model/weights.bin"].bytes == len("weights")
     assert set(manifest.files) == {"model/weights.bin", "notes.txt"}
     assert not slot.work.exists()
     assert list((cache.root / ".work").iterdir()) == []
     assert list((cache.root / ".building").iterdir()) == []
+
+
+def test_a_manifest_from_before_processes_were_counted_is_read(cache: Cache) -> None:
+    slot = cache.artifact("sft", CONTENT)
+    with slot.building() as build:
+        write(build)
+    path = slot.path / "manifest.json"
+    body = json.loads(path.read_text())
+    del body["processes"], body["checksum"]
+    body["checksum"] = hashlib.sha256(to_bytes(body)).hexdigest()
+    path.write_text(json.dumps(body))
+    assert slot.complete()
+    assert slot.manifest().processes == 1
 
 
 def test_get_or_build_builds_once(cache: Cache) -> None:

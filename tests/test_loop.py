@@ -1021,16 +1021,22 @@ def test_two_processes_train_as_one_does(scenario: str, two_processes: Path, tmp
         for folder, rank in ((tmp_path, 0), (two_processes, 0), (two_processes, 1))
     )
     assert (one[0]["world"], main[0]["world"], other[0]["world"]) == (1, 2, 2)
-    same(other[1], main[1])  # weights, and the gradients of the last step
+    assert [found[0]["divided"] for found in (one, main, other)] == [False, *[scenario == "sharded"] * 2]
+    same(other[1], {name: main[1][name] for name in other[1]})  # weights, and the gradients of the last step
+    assert len(other[1]) == len(main[1]) // (2 if scenario == "sharded" else 1)
     scale = {name: 2.0 if name.startswith("gradient.") else 1.0 for name in main[1]}  # DDP means over ranks
     close({name: value * scale[name] for name, value in main[1].items()}, one[1], within=1e-9)
     assert main[0]["outcome"] == other[0]["outcome"] == one[0]["outcome"]
     assert other[0]["rows"] == []
     for row, expected in zip(main[0]["rows"], one[0]["rows"], strict=True):
-        clock = ("train/seconds_per_step", "train/tokens_per_second")
+        clock = ("train/seconds_per_step", "train/tokens_per_second", "interim/seconds")
         assert {name: value for name, value in row.items() if name not in clock} == pytest.approx(
             {name: value for name, value in expected.items() if name not in clock}, rel=1e-5
         )
+    if scenario == "sharded":
+        shutil.copytree(two_processes / "sharded-checkpoints", tmp_path / "moved")
+        moved = two_ranks.finish_sharded(Accelerator(cpu=True), tmp_path / "moved")
+        close(moved, {name: value for name, value in one[1].items() if name in moved}, within=1e-9)
     if scenario == "diverged":
         assert main[0]["outcome"]["example_ids"] == [two_ranks.BAD.example_id]
     else:

@@ -111,6 +111,15 @@ def test_the_estimate_is_what_the_profiler_measures(config: PretrainedConfig, wo
     assert estimate.activations > 0
 
 
+def test_divided_over_processes_gradients_and_moments_are_their_parts() -> None:
+    part = examples(4, 40, 30, 20)
+    alone, four = (
+        Step(LLAMA, train_settings(), ResponseScorer, True, shards=n).peak(part, accumulates=True) for n in (1, 4)
+    )
+    assert (four.weights, four.activations) == (alone.weights, alone.activations)
+    assert (four.gradients, four.moments) == (alone.gradients // 4, alone.moments // 4)
+
+
 def test_the_budget_is_the_largest_that_fits() -> None:
     step = Step(LLAMA, train_settings(), ResponseScorer, True)
     whole = [examples(8, 40, 30, 20)]

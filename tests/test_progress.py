@@ -46,6 +46,30 @@ def test_without_a_terminal_a_line_now_and_then(clock: Clock, capsys: pytest.Cap
     assert capsys.readouterr().err == ""
 
 
+def test_the_share_of_a_process_stands_for_all(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two processes, 30 s: 4 of its own 5 answers are 7 of both processes' 9, 0.23 a second; 2 are left, 9 s."""
+    with Progress("y_gen", 5, "answer", of=9) as bar:
+        bar.advance(3)
+        clock.now += 30
+        bar.advance()
+        assert capsys.readouterr().err == "  y_gen: 7/9 answers, 0.23/s, 9 s left\n"
+        clock.now += 30
+        bar.advance()
+        assert "9/9" in capsys.readouterr().err
+
+
+def test_of_several_processes_the_first_one_speaks(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("train", 3, "step") as bar:
+        clock.now += 60
+        bar.note("loss 0.5")
+        bar.advance()
+    assert capsys.readouterr().err == ""
+
+
 def test_short_work_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("train", 3, "step") as bar:
         for _ in range(3):

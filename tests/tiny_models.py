@@ -172,6 +172,7 @@ def train_settings(**changes: Any) -> TrainSettings:
         "activation_checkpointing": False,
         "compile": False,
         "deterministic": True,
+        "sharding": "none",
         "log_every": 1,
         "evaluate_every": None,
         "n_evaluation_examples": 4,

@@ -1,11 +1,13 @@
 """Training runs that one process and two must do alike: ``torchrun --nproc_per_node 2 -m tests.two_ranks FOLDER``.
 
 Each rank writes, for every scenario, what it ended with: ``SCENARIO-RANK.safetensors`` with the weights and the
-gradients of the last step, ``SCENARIO-RANK.json`` with the outcome and the logged rows.
+gradients of the last step, ``SCENARIO-RANK.json`` with the outcome, the logged rows and whether each process held
+only a part of every weight.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -13,19 +15,26 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dppo import loop
-from dppo.loop import Interrupted, Metrics, train
+from dppo.errors import Pruned
+from dppo.logps import ResponseScorer
+from dppo.loop import Interim, Interrupted, Metrics, train
 from dppo.losses.pairwise import DPO
+from dppo.losses.penalised import UnLL
+from dppo.losses.penalties import Quadratic
 from dppo.losses.sft import SFT
+from dppo.sharding import whole
+from dppo.types import EncodedExample
 from tests.running_margin import RunningMargin
-from tests.tiny_models import gradients, llama, pairs, stored, train_settings
+from tests.tiny_models import gradients, grouped_llama, llama, pairs, stored, train_settings
 
 EXAMPLES = pairs(10)
 HELD_OUT = pairs(3, seed=1)  # an odd number: one rank gets a micro-batch that counts nothing
@@ -84,6 +93,72 @@ def run_interrupted(accelerator: Accelerator, folder: Path, log: Callable[[Metri
     raise AssertionError("the signal did not stop the run")
 
 
+def run_sharded(accelerator: Accelerator, folder: Path, log: Callable[[Metrics], None]) -> dict[str, Any]:
+    """Everything that looks at weights or gradients; ended once on the way by what the main process has measured."""
+
+    def measure(scorer: ResponseScorer) -> Metrics:
+        with torch.inference_mode(), scorer.own_attention():
+            logits = scorer.model(input_ids=torch.tensor([EXAMPLES[0].prompt_ids]), use_cache=False).logits
+        return {"win_rate": float(logits.logsumexp(-1).sum())}
+
+    interim = Interim({3: 50}, "win_rate", measure, lambda row: "enough")
+    try:
+        _sharded(accelerator, folder, log, interim)
+    except Pruned:
+        accelerator.wait_for_everyone()
+        return _sharded(accelerator, folder, log, None)
+    raise AssertionError("the run was not pruned")
+
+
+def finish_sharded(accelerator: Accelerator, checkpoints: Path) -> dict[str, Tensor]:
+    """The weights at the end of the run whose checkpoint at half of its steps two processes have left."""
+    (checkpoints / "best.safetensors").unlink()
+    rows: list[Metrics] = []
+    found: dict[str, Tensor] = _sharded(accelerator, checkpoints, rows.append, None, save="last")["tensors"]
+    assert rows[0]["step"] == 4
+    return {name: value for name, value in found.items() if name.startswith("gradient.")}
+
+
+def _sharded(
+    accelerator: Accelerator,
+    folder: Path,
+    log: Callable[[Metrics], None],
+    interim: Interim | None,
+    save: Literal["last", "best"] = "best",
+) -> dict[str, Any]:
+    settings = train_settings(
+        tokens_per_micro_batch=1,
+        batch_size=3,
+        steps=6,
+        evaluate_every=2,
+        save=save,
+        activation_checkpointing=True,
+        sharding="fsdp" if accelerator.num_processes > 1 else "none",
+    )
+    unll = UnLL(
+        alpha=0.1,
+        penalty=Quadratic(),
+        base=_dpo(),
+        margin="sum",
+        detach=True,
+        mask_shared_prefix=False,
+        level="token_mean",
+    )
+    examples, held_out = ([_with_generated(one) for one in found] for found in (EXAMPLES, HELD_OUT))
+    return _train(
+        unll,
+        accelerator,
+        folder,
+        log,
+        grouped_llama(),
+        examples,
+        settings=settings,
+        reference=stored(grouped_llama(seed=5), [*examples, *held_out]),
+        held_out=held_out,
+        interim=interim,
+    )
+
+
 SCENARIOS: dict[str, Run] = {
     "sft": run_sft,
     "dpo": run_dpo,
@@ -91,7 +166,16 @@ SCENARIOS: dict[str, Run] = {
     "one_micro_batch": run_one_micro_batch,
     "diverged": run_diverged,
     "interrupted": run_interrupted,
+    "sharded": run_sharded,
 }
+
+
+def _with_generated(pair: EncodedExample) -> EncodedExample:
+    """The pair, its rejected answer read backwards as the generated one."""
+    backwards = pair.response("rejected")
+    assert backwards is not None
+    own = dataclasses.replace(backwards, response_id="own", role="generated", token_ids=backwards.token_ids[::-1])
+    return dataclasses.replace(pair, responses=(*pair.responses, own))
 
 
 def _dpo() -> DPO:
@@ -99,14 +183,22 @@ def _dpo() -> DPO:
 
 
 def _train(
-    objective: Any, accelerator: Accelerator, folder: Path, log: Callable[[Metrics], None], **given: Any
+    objective: Any,
+    accelerator: Accelerator,
+    folder: Path,
+    log: Callable[[Metrics], None],
+    model: PreTrainedModel | None = None,
+    examples: Sequence[EncodedExample] = EXAMPLES,
+    **given: Any,
 ) -> dict[str, Any]:
-    model = llama()
+    model = model or llama()
     slopes: dict[str, Tensor] = {}
+    divided: list[bool] = []
     step = loop._Run.step
 
     def watched(self: loop._Run, optimiser: Any, parameters: Any, weight: float) -> float:
-        slopes.update({f"gradient.{name}": value.grad.clone() for name, value in parameters.items()})
+        slopes.update({f"gradient.{name}": whole(value.grad).clone() for name, value in parameters.items()})
+        divided.extend(_is_part(value) for value in parameters.values())
         return step(self, optimiser, parameters, weight)
 
     loop._Run.step = watched  # type: ignore[method-assign]
@@ -114,7 +206,7 @@ def _train(
         outcome = train(
             model,
             objective,
-            EXAMPLES,
+            examples,
             seed=7,
             accelerator=accelerator,
             log=log,
@@ -124,8 +216,14 @@ def _train(
     finally:
         loop._Run.step = step  # type: ignore[method-assign]
         gradients(model)
-    weights = {name: value.detach() for name, value in model.named_parameters()}
-    return {"outcome": outcome.to_json(), "tensors": {**weights, **slopes}}
+    # Of divided weights the main process has all in the end, the others have none.
+    weights = {name: value.detach() for name, value in model.named_parameters() if not hasattr(value, "full_tensor")}
+    return {"outcome": outcome.to_json(), "tensors": {**weights, **slopes}, "divided": divided}
+
+
+def _is_part(value: Tensor) -> bool:
+    local = getattr(value, "to_local", None)
+    return local is not None and local().numel() < value.numel()
 
 
 def play(name: str, accelerator: Accelerator, folder: Path) -> None:
@@ -134,13 +232,19 @@ def play(name: str, accelerator: Accelerator, folder: Path) -> None:
     found = SCENARIOS[name](accelerator, folder / f"{name}-checkpoints", rows.append)
     rank = accelerator.process_index
     save_file(found["tensors"], folder / f"{name}-{rank}.safetensors")
-    state = {"world": accelerator.num_processes, "outcome": found["outcome"], "rows": rows}
+    assert len(set(found["divided"])) == 1, "all weights are divided, or none"
+    state = {
+        "world": accelerator.num_processes,
+        "outcome": found["outcome"],
+        "rows": rows,
+        "divided": found["divided"][0],
+    }
     (folder / f"{name}-{rank}.json").write_text(json.dumps(state))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     processes = Accelerator(cpu=True)
-    for scenario in SCENARIOS:
+    for scenario in sys.argv[2:] or SCENARIOS:
         play(scenario, processes, Path(sys.argv[1]))
     processes.end_training()

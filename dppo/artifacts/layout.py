@@ -16,6 +16,7 @@ from dppo.artifacts.files import disk_errors, remove, write_atomic
 from dppo.artifacts.fingerprint import FINGERPRINT, canonical, differences, fingerprint, identity, short
 from dppo.artifacts.locks import OnWait, hold
 from dppo.artifacts.manifest import Damaged, FileRecord, Manifest
+from dppo.processes import world_size
 
 if TYPE_CHECKING:
     from dppo.types import Artifact, Json
@@ -149,6 +150,7 @@ class Entry:
             versions=manifests.versions(),
             git=manifests.git_revision(),
             threads=manifests.thread_count(),
+            processes=world_size(),
             timings=dict(timings or {}),
             files=dict(files or {}),
             extra=dict(extra or {}),

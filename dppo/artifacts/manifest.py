@@ -43,8 +43,9 @@ class Manifest:
     """What stands in ``manifest.json``.
 
     A growing store is ``growing`` and lists no files: the names of its shards are their hashes. ``timings`` are
-    seconds. ``git`` is the revision of the code, with ``+`` behind it if files had been changed, or None outside of a
-    checkout. ``extra`` is what the stage wants to keep beside its files, such as metrics.
+    seconds, ``threads`` those of each of the ``processes`` that a launcher had started. ``git`` is the revision of the
+    code, with ``+`` behind it if files had been changed, or None outside of a checkout. ``extra`` is what the stage
+    wants to keep beside its files, such as metrics.
     """
 
     stage: str
@@ -57,6 +58,7 @@ class Manifest:
     versions: Mapping[str, str]
     git: str | None
     threads: int
+    processes: int
     timings: Mapping[str, float]
     files: Mapping[str, FileRecord]
     extra: Mapping[str, Json]
@@ -76,6 +78,7 @@ class Manifest:
             checksum = body.pop("checksum")
             if hashlib.sha256(to_bytes(body)).hexdigest() != checksum:
                 raise Damaged(f"{NAME} does not match its checksum")
+            body.setdefault("processes", 1)  # they were not counted at first
             files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
             return cls(**{**body, "parents": tuple(body["parents"]), "files": files})
         except OSError as error:

@@ -70,6 +70,15 @@ class GradualReward(Reward, Protocol):
 
 
 @runtime_checkable
+class SpreadReward(Reward, Protocol):
+    """A reward whose model may lie on several GPUs."""
+
+    @property
+    def spread(self) -> bool:
+        """Whether it takes all GPUs that it sees: then one process of a run has it, and scores for all."""
+
+
+@runtime_checkable
 class JudgingReward(PairwiseReward, Protocol):
     """A pairwise reward that tells what it thinks in each order, one pair after the other."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from dppo.data.encoding import TemplateRefusal, apply_template
 from dppo.errors import UserError
+from dppo.processes import rank
 from dppo.types import Json, Message, Prompt
 
 if TYPE_CHECKING:
@@ -64,9 +65,15 @@ class Classifier:
             **folder_identity(self.name_or_path, self.revision, KEY),
         }
 
+    @property
+    def spread(self) -> bool:
+        """Whether the model is on all GPUs, and so in one process of a run."""
+        return self.quantisation is not None and self.device == "auto"
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Load the model. Raises UserError if there is none, or it has no such output."""
-        self._loaded()
+        if rank() == 0 or not self.spread:
+            self._loaded()
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """One logit per answer. Raises UserError if one is not finite."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dppo.config import require
 from dppo.errors import UserError
+from dppo.processes import rank
 from dppo.rewards.classifier import KEY, conversation_tokens, finite
 from dppo.types import Json, Prompt
 
@@ -56,9 +57,15 @@ class Nemotron:
             **folder_identity(self.name_or_path, self.revision, KEY),
         }
 
+    @property
+    def spread(self) -> bool:
+        """Whether the model is on all GPUs, and so in one process of a run."""
+        return self.device == "auto"
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Load the model. Raises UserError if there is none, or it has no chat template."""
-        _load(self)
+        if rank() == 0 or not self.spread:
+            _load(self)
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """One logit per answer. Raises UserError if one is not finite."""

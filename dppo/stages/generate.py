@@ -61,13 +61,17 @@ def generate(
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     keys = list(by_id)
 
-    def compute(missing: list[str], keep: Keep[Json]) -> Pace:
-        queue = [(key, encoder.prompt_ids(by_id[key].messages)) for key in missing]
+    alone = isinstance(settings, VLLM)  # the engine has all GPUs that it wants
+
+    def compute(missing: list[str], keep: Keep[Json]) -> Pace | None:
+        queue = _queue(bench, [by_id[key] for key in missing], encoder, alone=alone)
+        if not queue:
+            return None
         with (
             _answering(bench, model, settings, queue, encoder) as batches,
-            Progress(title, len(queue), "answer") as progress,
+            Progress(title, len(queue), "answer", of=len(missing)) as progress,
         ):
-            pace = _Stopwatch(progress)
+            pace = _Stopwatch(progress, len(missing) / len(queue))
             for answers in batches:
                 keep({answer.prompt_id: _to_json(answer) for answer in answers})
                 pace.add(answers, len(answers))
@@ -75,7 +79,7 @@ def generate(
 
     per_shard = settings.prompts_per_batch if isinstance(settings, VLLM) else _ROWS_PER_SHARD
     detail = f"{len(keys)} answers"
-    artifact = bench.fill(title, store, keys, detail, "to make", compute, rows_per_shard=per_shard)
+    artifact = bench.fill(title, store, keys, detail, "to make", compute, rows_per_shard=per_shard, alone=alone)
     return artifact, stored_answers(store, keys)
 
 
@@ -102,13 +106,15 @@ def candidates(
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     keys = list(by_id)
 
-    def compute(missing: list[str], keep: Keep[Json]) -> Pace:
-        queue = [(key, encoder.prompt_ids(by_id[key].messages)) for key in missing]
+    def compute(missing: list[str], keep: Keep[Json]) -> Pace | None:
+        queue = _queue(bench, [by_id[key] for key in missing], encoder)
+        if not queue:
+            return None
         with (
             _answering(bench, model, settings, queue, encoder) as batches,
-            Progress("candidates", len(queue), "prompt") as progress,
+            Progress("candidates", len(queue), "prompt", of=len(missing)) as progress,
         ):
-            pace = _Stopwatch(progress)
+            pace = _Stopwatch(progress, len(missing) / len(queue))
             for answers in batches:
                 found: dict[str, list[Json]] = {}
                 for answer in answers:
@@ -120,6 +126,14 @@ def candidates(
     detail = f"{settings.n_answers} answers to each of {len(keys)} prompts"
     artifact = bench.fill("candidates", store, keys, detail, "to make", compute, rows_per_shard=_PROMPTS_PER_SHARD)
     return artifact, stored_candidates(store, keys)
+
+
+def _queue(
+    bench: Workbench, prompts: Sequence[Prompt], encoder: ChatEncoder, *, alone: bool = False
+) -> Sequence[tuple[str, Sequence[int]]]:
+    """(prompt_id, token ids) of the prompts that this process answers."""
+    queue = [(prompt.prompt_id, encoder.prompt_ids(prompt.messages)) for prompt in prompts]
+    return queue if alone else bench.share(sorted(queue, key=lambda prompt: (len(prompt[1]), prompt[0])))
 
 
 @contextmanager
@@ -143,15 +157,15 @@ def _answering(
 
 
 class _Stopwatch:
-    """The pace of answers from now on, shown behind the progress."""
+    """The pace of answers from now on, shown behind the progress; all processes are ``times`` as fast as this one."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._tokens, self._started = progress, 0, time.perf_counter()
+    def __init__(self, progress: Progress, times: float) -> None:
+        self._progress, self._times, self._tokens, self._started = progress, times, 0, time.perf_counter()
 
     def add(self, answers: Sequence[Generation], n: int) -> None:
         """These answers are there: ``n`` of the units that the progress counts."""
         self._tokens += sum(len(answer.token_ids) for answer in answers)
-        self._progress.note(f"{self.so_far().tokens_per_second:,.0f} tokens/s")
+        self._progress.note(f"{self._times * self.so_far().tokens_per_second:,.0f} tokens/s")
         self._progress.advance(n)
 
     def so_far(self) -> Pace:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dppo import sharding
 from dppo.batches import batches
 from dppo.config import TrainSettings
 from dppo.errors import UserError, is_out_of_memory
@@ -20,6 +21,7 @@ from dppo.logps import ResponseScorer
 from dppo.loop import ScorerOf, n_steps, with_gradient
 from dppo.losses.penalised import PenalisedLoss
 from dppo.memory import Fit, Meter, Peak, Step, fit, room, size
+from dppo.processes import gather
 from dppo.stages.training import full_model_root
 from dppo.types import Artifact, EncodedExample, Objective, StatisticsObjective
 
@@ -87,6 +89,7 @@ def ready_to_train(
     ``evaluates``: there are held-out examples. ``key`` is where its settings are in the configuration, such as
     ``sft.train``. Every process of the run enters.
     """
+    sharding.check(settings, bench.accelerator.num_processes, key)
     free = _least(bench, room(bench.device))
     counted = None
     with _quietly():
@@ -161,8 +164,9 @@ def _counted(
 ) -> tuple[Step, Fit]:
     """The step of a training run, and what was found for its optimiser batches as their gradients see them."""
     compares = settings.penalty_gradient_ratio and settings.evaluate_every is not None and evaluates
-    copies = int(compares and isinstance(objective, PenalisedLoss)) + int(processes > 1)
-    step = Step(architecture, settings, scorer_of, trains=True, copies=copies, prepare=prepare)
+    shards = processes if sharding.shards(settings) else 1
+    copies = int(compares and isinstance(objective, PenalisedLoss)) + int(processes > shards)
+    step = Step(architecture, settings, scorer_of, trains=True, copies=copies, shards=shards, prepare=prepare)
     steps = n_steps(settings, len(examples))
     whole = [with_gradient(objective, batch) for batch in batches(examples, settings.batch_size, steps, seed)]
     return step, fit(step, whole, settings.tokens_per_micro_batch, _unless_known(free))
@@ -241,12 +245,8 @@ def _knobs(settings: TrainSettings, key: str, after_checkpointing: str = "") -> 
 
 def _least(bench: Workbench, free: int | None) -> int | None:
     """The room of the process that has least, so that all cut their batches alike."""
-    if bench.accelerator.num_processes == 1:
-        return free
-    from accelerate.utils import gather_object
-
-    found = gather_object([free])
-    return None if None in found else min(found)
+    found = [one for one in gather(bench.accelerator, free) if one is not None]
+    return min(found) if len(found) == bench.accelerator.num_processes else None
 
 
 @contextlib.contextmanager

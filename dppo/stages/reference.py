@@ -50,12 +50,18 @@ def reference_logps(
 
     @torch.inference_mode()
     def compute(missing: list[str], keep: Keep[Tokens]) -> None:
-        todo = _lacking(examples, set(missing))
+        whole = sorted(_lacking(examples, set(missing)), key=lambda example: (example.n_tokens, example.example_id))
+        todo = bench.share(whole)
+        if not todo:
+            return
         budget = settings.tokens_per_micro_batch * _BUDGET_FACTOR
         ready = ready_to_score(
             bench, architecture_of(bench, model), todo, settings, budget, title="reference", key="train"
         )
-        with ready.watched(bench, "reference", "train"), Progress("reference", len(todo), "example") as progress:
+        with (
+            ready.watched(bench, "reference", "train"),
+            Progress("reference", len(todo), "example", of=len(whole)) as progress,
+        ):
             scorer = scorer_like(bench, saved_policy(bench, model), settings).eval()
             for part in micro_batches(todo, ready.settings.tokens_per_micro_batch):
                 batch = collate(part).to(bench.device)

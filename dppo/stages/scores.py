@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from dppo.data.ids import content_hash
 from dppo.progress import Progress
-from dppo.rewards import GradualReward, JudgingReward, Reward, Verdict
+from dppo.rewards import GradualReward, JudgingReward, Reward, SpreadReward, Verdict
 from dppo.stages.workbench import Keep, Workbench, shards
 from dppo.types import Artifact, Generation, Json, Prompt
 
@@ -61,12 +61,16 @@ def scores(
         for key, prompt in zip(own, prompts, strict=True)
     }
 
+    alone = _asked_by_one(reward)
+
     def compute(missing: list[str], keep: Keep[Json]) -> None:
-        _score(reward, {key: texts[key] for key in missing}, keep)
+        mine = missing if alone else bench.share(sorted(missing, key=lambda key: (len(texts[key][1]), key)))
+        if mine:
+            _score(reward, {key: texts[key] for key in mine}, keep, of=len(missing))
 
     detail = f"{type(reward).__name__}, {len(texts)} answers"
     size = _rows_per_shard(reward)
-    artifact = bench.fill("scores", store, list(texts), detail, "to score", compute, rows_per_shard=size)
+    artifact = bench.fill("scores", store, list(texts), detail, "to score", compute, rows_per_shard=size, alone=alone)
     return artifact, [[float(cast("float", score)) for score in store.get(own)] for own in keys]
 
 
@@ -83,7 +87,8 @@ def verdicts(bench: Workbench, reward: PairwiseReward, contests: Sequence[Contes
 
     detail = f"{type(reward).__name__}, {len(asked)} pairs"
     size = _rows_per_shard(reward)
-    artifact = bench.fill("scores", store, list(asked), detail, "to compare", compute, rows_per_shard=size)
+    # A judge waits for its server, and asks for many pairs at a time.
+    artifact = bench.fill("scores", store, list(asked), detail, "to compare", compute, rows_per_shard=size, alone=True)
     if isinstance(reward, JudgingReward):
         reward.accept([_verdict(row) for row in store.get(list(asked))])
     return artifact, _stored(store, contests)
@@ -148,7 +153,8 @@ def interim_rewards(
             keys = [score_key(prompt, text) for prompt, text in texts]
             asked = dict(zip(keys, texts, strict=True))
             with shards(store, _ANSWERS_PER_SHARD) as keep:
-                _score(reward, {key: asked[key] for key in store.missing(keys)}, keep)
+                missing = store.missing(keys)
+                _score(reward, {key: asked[key] for key in missing}, keep, of=len(missing))
             return [float(cast("float", score)) for score in store.get(keys)], other
 
         return scored.fingerprint, look_up
@@ -169,10 +175,15 @@ def _rows_per_shard(reward: Reward | PairwiseReward) -> int:
     return _ANSWERS_PER_SHARD if isinstance(reward, (GradualReward, JudgingReward)) else _ANSWERS_PER_CALL
 
 
-def _score(reward: Reward, asked: Mapping[str, tuple[Prompt, str]], keep: Keep[Json]) -> None:
-    """Have answers scored, by key."""
+def _asked_by_one(reward: Reward) -> bool:
+    """Whether several processes are no faster than one: scores that come from a server, or a model on all GPUs."""
+    return isinstance(reward, GradualReward) or (isinstance(reward, SpreadReward) and reward.spread)
+
+
+def _score(reward: Reward, asked: Mapping[str, tuple[Prompt, str]], keep: Keep[Json], *, of: int) -> None:
+    """Have answers scored, by key; all processes together score ``of``."""
     keys = list(asked)
-    with Progress("scores", len(keys), "answer") as progress:
+    with Progress("scores", len(keys), "answer", of=of) as progress:
         if isinstance(reward, GradualReward):
             prompts, texts = [asked[key][0] for key in keys], [asked[key][1] for key in keys]
             for place, score in reward.scores(prompts, texts):

@@ -17,7 +17,8 @@ from dppo.artifacts.manifest import NAME as MANIFEST
 from dppo.config import LoraSettings, TrainSettings
 from dppo.errors import Pruned, UserError
 from dppo.logps import ResponseScorer
-from dppo.loop import Interim, Metrics, Outcome, ReferenceLogps, ScorerOf, broadcast, checkpoint_step, train
+from dppo.loop import Interim, Metrics, Outcome, ReferenceLogps, ScorerOf, checkpoint_step, train
+from dppo.processes import broadcast
 from dppo.types import Artifact, EncodedExample, Objective
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from dppo.artifacts import Build, Cache, Slot, Store
-from dppo.loop import broadcast
+from dppo.processes import broadcast, gather
 from dppo.types import Artifact, Json
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _SECONDS_PER_SHARD = 30.0
 WORK = "work"
 
 Row = TypeVar("Row")
+T = TypeVar("T")
 Keep = Callable[[Mapping[str, Row]], None]
 """Takes finished rows of a store, to be committed in shards."""
 
@@ -82,7 +83,7 @@ class Workbench:
 
     @property
     def is_main(self) -> bool:
-        """Only the main process builds, prints and writes; the others wait and read."""
+        """Only the main process prints, and writes what is one for all; rows of a store every process writes."""
         return bool(self.accelerator.is_main_process)
 
     def numerics(
@@ -162,6 +163,10 @@ class Workbench:
         self.accelerator.wait_for_everyone()
         return slot.artifact(reused=directory is None)
 
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """What this process does of work that is in the order of its size: all get as much of each size."""
+        return items[self.accelerator.process_index :: self.accelerator.num_processes]
+
     def fill(
         self,
         title: str,
@@ -172,24 +177,35 @@ class Workbench:
         compute: Callable[[list[str], Keep[Row]], Pace | None],
         *,
         rows_per_shard: int,
+        alone: bool = False,
     ) -> Artifact:
-        """Have ``compute(missing keys, keep)`` make the rows that a store lacks; the main process does, others wait.
+        """Have ``compute(missing keys, keep)`` make the rows that a store lacks.
 
+        Every process enters it, makes its ``share`` and commits that itself; with ``alone`` the main one makes all.
         ``keep(rows)`` commits a shard when it has ``rows_per_shard`` rows or the last one is 30 seconds old: that is
         what a kill can cost. What an exception interrupts is committed too. ``compute`` returns its pace if it has one.
         """
-        missing: list[str] = []
-        if self.is_main:
-            missing = store.missing(keys)
-            with store.lock(self.say) if missing else nullcontext():
-                missing = store.missing(keys) if missing else []  # another run may have filled it in the meantime
-                told = f"{detail}, {len(missing)} {todo}" if missing else detail
-                with self.working(title, store, reuse=not missing, detail=told) as record:
-                    record.rows = len(missing)
-                    if missing:
-                        with shards(store, rows_per_shard) as keep:
-                            record.pace = compute(missing, keep)
-        self.accelerator.wait_for_everyone()
+
+        def together(missing: list[str]) -> Pace | None:
+            pace = None
+            if missing and (self.is_main or not alone):
+                with shards(store, rows_per_shard) as keep:
+                    pace = compute(missing, keep)
+            paces = [one for one in gather(self.accelerator, pace) if one is not None]
+            return Pace(sum(one.tokens for one in paces), max(one.seconds for one in paces)) if paces else None
+
+        if not self.is_main:
+            (missing,) = broadcast(self.accelerator, [None])
+            together(missing)
+            return store.artifact(reused=not missing)
+        missing = store.missing(keys)
+        with store.lock(self.say) if missing else nullcontext():
+            missing = store.missing(keys) if missing else []  # another run may have filled it in the meantime
+            told = f"{detail}, {len(missing)} {todo}" if missing else detail
+            with self.working(title, store, reuse=not missing, detail=told) as record:
+                record.rows = len(missing)
+                broadcast(self.accelerator, [missing])
+                record.pace = together(missing)
         return store.artifact(reused=not missing)
 
 
