@@ -85,7 +85,8 @@ class Interim:
     """What is measured at some steps of a run, and who may end it for that.
 
     ``percent_at`` maps optimiser steps to the percent of the run that is done then. ``measure`` gets the policy, in
-    eval mode, in the main process alone; None where only held-out pairs are looked at. ``verdict`` is told every row
+    eval mode, in every process, and has a result in the main one; None where only held-out pairs are looked at.
+    ``verdict`` is told every row
     with a percent, once each and in order, and gives the reason to end the run, or None. ``setup`` stands for what is
     measured, and on what: a stored row with another one tells this run nothing.
     """
@@ -579,13 +580,11 @@ class _Run:
         started = time.perf_counter()
         row: Metrics = {}
         if interim.measure is not None:
+            training = scorer.training
+            scorer.eval()
             with sharding.held_whole(self.scorer):
-                if self.accelerator.is_main_process:
-                    training = scorer.training
-                    scorer.eval()
-                    row = {f"interim/{name}": value for name, value in interim.measure(scorer).items()}
-                    scorer.train(training)
-                self.accelerator.wait_for_everyone()
+                row = {f"interim/{name}": value for name, value in interim.measure(scorer).items()}
+            scorer.train(training)
         if interim.metric == "accuracy":
             row["interim/accuracy"] = self.evaluate(held_out, state.statistics)["accuracy"]
         return {

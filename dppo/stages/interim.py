@@ -12,6 +12,7 @@ from dppo.evaluation.drift import exact_kl
 from dppo.evaluation.win_rates import crossed_mean, crossed_rate, outcomes
 from dppo.logps import ResponseScorer
 from dppo.loop import Metrics
+from dppo.processes import gather
 from dppo.stages.training import autocast, saved_policy, scorer_like
 from dppo.types import Artifact, Generation, Prompt
 
@@ -35,20 +36,25 @@ def interim_win_rate(
     *,
     kl: bool,
 ) -> Callable[[ResponseScorer], Metrics]:
-    """A measurement of a policy in training; ``rewards`` gives those of its answers to ``prompts`` and the reference's.
+    """A measurement of a policy in training, which every process enters; ``rewards`` gives those of its answers to ``prompts`` and the reference's.
 
     It gives ``win_rate`` (ties 1/2), ``n_prompts``, mean ``reward`` and ``tokens`` of an answer. With ``kl`` also
     ``kl_nats_per_token`` and ``kl_nats_per_answer``: KL(policy || reference) on the policy's answers, for which the
     reference is loaded each time, because between two steps there is room where the gradients were; ``gain``, the mean
     reward above the reference's; and 95 % intervals of ``gain`` and ``win_rate`` over prompts.
     """
-    queue = [(prompt.prompt_id, encoder.prompt_ids(prompt.messages)) for prompt in prompts]
+    asked = [(prompt.prompt_id, encoder.prompt_ids(prompt.messages)) for prompt in prompts]
+    queue = sorted(asked, key=lambda prompt: (len(prompt[1]), prompt[0]))
 
     def measure(policy: ResponseScorer) -> Metrics:
-        answers: dict[str, Generation] = {}
-        with policy.own_attention():
-            for part in settings.generate(policy.model, queue, encoder.end_of_turn_ids, encoder.decode):
-                answers |= {answer.prompt_id: answer for answer in part}
+        written: list[Generation] = []
+        if mine := bench.share(queue):
+            with policy.own_attention():
+                for part in settings.generate(policy.model, mine, encoder.end_of_turn_ids, encoder.decode):
+                    written += part
+        answers = {answer.prompt_id: answer for own in gather(bench.accelerator, written) for answer in own}
+        if not bench.is_main:
+            return {}
         own, baseline = rewards(answers)
         found: Metrics = {
             "win_rate": float(outcomes(own, baseline).mean()),

@@ -18,13 +18,14 @@ from dppo.data.subsets import nested_subset
 from dppo.errors import UserError
 from dppo.evaluation.win_rates import Array, Interval, crossed_rate, outcomes, paired_difference
 from dppo.losses.bradley_terry import PreferenceLikelihood
+from dppo.processes import gather
 from dppo.rewards.bradley_terry import BradleyTerry, TrainedReward
 from dppo.rewards.length import Length
 from dppo.rewards.sentiment import Sentiment
 from dppo.stages.preflight import architecture_of, ready_to_train
 from dppo.stages.training import continued_policy, new_policy, run_training
 from dppo.stages.workbench import WORK, Workbench
-from dppo.types import Artifact, Json, PreferenceExample, Split
+from dppo.types import Artifact, Json, PreferenceExample, Prompt, Split
 
 if TYPE_CHECKING:
     from dppo.data.encoding import ChatEncoder, EncodedSet
@@ -202,14 +203,16 @@ def reward_accuracy(
     slot = accuracy_slot(bench, reward, dataset, evaluation)
 
     def build(started: Build) -> None:
-        if not bench.is_main:
-            return
         found: dict[str, Json] = {}
         n_scored = 0
         for split in measured_splits(evaluation.split):
             if pairs := accuracy_pairs(reward, dataset, split):
-                found[split] = _measure(reward, pairs, evaluation)
-                n_scored += 2 * len(pairs)
+                scores = _scored_together(bench, reward, pairs)
+                n_scored += len(scores)
+                if bench.is_main:
+                    found[split] = _measure(scores, pairs, evaluation)
+        if not bench.is_main:
+            return
         (started.directory / _MEASURED).write_text(json.dumps(found))
         started.extra[WORK] = n_scored
 
@@ -229,12 +232,14 @@ def _available() -> dict[str, Reward]:
     return {name: control for name, control in _CONTROLS.items() if not (missing and name == "sentiment")}
 
 
-def _measure(reward: TrainedReward, pairs: Sequence[PreferenceExample], evaluation: EvaluationSettings) -> Json:
+def _measure(scores: Sequence[float], pairs: Sequence[PreferenceExample], evaluation: EvaluationSettings) -> Json:
+    """``scores`` are the reward model's, of all chosen and then all rejected answers."""
+
     def rate(right: Array) -> dict[str, Json]:
         n_bootstrap, seed = evaluation.n_bootstrap, evaluation.bootstrap_seed
         return _bounds(crossed_rate(right[None], n_bootstrap=n_bootstrap, seed=seed))
 
-    own, ties = _by_prompt(reward, pairs)
+    own, ties = _by_prompt(scores, pairs)
     measured: dict[str, Json] = {
         "n_pairs": len(pairs),
         "n_prompts": len(own),
@@ -245,7 +250,7 @@ def _measure(reward: TrainedReward, pairs: Sequence[PreferenceExample], evaluati
         if name not in available:
             measured[name] = None
             continue
-        other, tied = _by_prompt(available[name], pairs)
+        other, tied = _by_prompt(available[name].score(*_answers(pairs)), pairs)
         difference, _ = paired_difference(
             own[None], other[None], n_bootstrap=evaluation.n_bootstrap, seed=evaluation.bootstrap_seed
         )
@@ -253,15 +258,28 @@ def _measure(reward: TrainedReward, pairs: Sequence[PreferenceExample], evaluati
     return measured
 
 
-def _by_prompt(reward: Reward, pairs: Sequence[PreferenceExample]) -> tuple[Array, int]:
-    """(share of its pairs that are ranked right by prompt (P,), exact ties counting 1/2; number of ties)."""
+def _answers(pairs: Sequence[PreferenceExample]) -> tuple[list[Prompt], list[str]]:
+    """Prompts and answers of pairs: all chosen ones, then all rejected ones."""
     prompts = [pair.prompt for pair in pairs]
     answers = [{one.role: one.text for one in pair.responses} for pair in pairs]
-    scores = reward.score([*prompts, *prompts], [one[role] for role in ("chosen", "rejected") for one in answers])
+    return [*prompts, *prompts], [one[role] for role in ("chosen", "rejected") for one in answers]
+
+
+def _scored_together(bench: Workbench, reward: Reward, pairs: Sequence[PreferenceExample]) -> list[float]:
+    """The scores of those answers, of which every process makes its share."""
+    prompts, answers = _answers(pairs)
+    mine = bench.share(sorted(range(len(answers)), key=lambda place: len(answers[place])))
+    own = reward.score([prompts[place] for place in mine], [answers[place] for place in mine])
+    scored = dict(pair for part in gather(bench.accelerator, list(zip(mine, own, strict=True))) for pair in part)
+    return [scored[place] for place in range(len(answers))]
+
+
+def _by_prompt(scores: Sequence[float], pairs: Sequence[PreferenceExample]) -> tuple[Array, int]:
+    """(share of its pairs that are ranked right by prompt (P,), exact ties counting 1/2; number of ties)."""
     right = outcomes(scores[: len(pairs)], scores[len(pairs) :])
     shares: dict[str, list[float]] = {}
-    for prompt, outcome in zip(prompts, right.tolist(), strict=True):
-        shares.setdefault(prompt.prompt_id, []).append(outcome)
+    for pair, outcome in zip(pairs, right.tolist(), strict=True):
+        shares.setdefault(pair.prompt.prompt_id, []).append(outcome)
     return np.array([np.mean(own) for own in shares.values()]), int((right == 0.5).sum())
 
 
