@@ -38,7 +38,7 @@ from dppo.rewards import Reward
 from dppo.rewards.bradley_terry import BradleyTerry, TrainedReward
 from dppo.rewards.classifier import Classifier
 from dppo.rewards.length import Length
-from dppo.stages.reward_model import _by_prompt
+from dppo.stages.reward_model import _answers, _by_prompt
 from dppo.types import Artifact, LossContext, Message, PreferenceExample, Prompt, Response, ResponseRewards, Role
 from tests.conftest import Run, small
 from tests.data import chat_models
@@ -197,7 +197,7 @@ def pair(question: str, chosen: str, rejected: str) -> PreferenceExample:
 def test_ties_count_one_half_and_prompts_once() -> None:
     """By length: question a is right once and tied once, 3/4; b is wrong."""
     rows = [pair("a", "xxx", "x"), pair("b", "x", "xxx"), pair("a", "yy", "xx")]
-    shares, ties = _by_prompt(Length("characters"), rows)
+    shares, ties = _by_prompt(Length("characters").score(*_answers(rows)), rows)
     assert shares.tolist() == [0.75, 0.0]
     assert ties == 1
 

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dppo.artifacts.manifest import Manifest
 from dppo.artifacts.stores import JsonRows, RowFormat, TokenRows, shard_keys
@@ -25,6 +27,8 @@ from tests.conftest import Run, outside, small
 from tests.searches import until
 from tests.test_command_line import typed
 from tests.tracked_runs import metrics, sessions
+
+FSDP2 = Path(__file__).parent.parent / "docs" / "accelerate" / "fsdp2.yaml"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,55 @@ def test_torchrun_with_two_processes_is_the_same_experiment(
     assert session.code == 0
     linked = set(session.config["stages"].values())
     assert len(linked) == len(list((tmp_path / "cache-pair" / SHARED).rglob("*.wandb")))
+
+
+@pytest.mark.slow
+def test_adapters_and_a_reward_model_train_divided_under_accelerate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three training stages, each divided because Accelerate's configuration says so; answers, KL, best weights."""
+    words = small(
+        "loss=unll",
+        "train=lora",
+        "train.save=best",
+        "reward=bradley_terry",
+        "reward.train.steps=4",
+        "evaluation.interim.n_points=1",
+        "evaluation.interim.n_prompts=7",
+        "evaluation.interim.kl=true",
+        "device=cpu",
+    )
+    assert typed(monkeypatch, tmp_path, *words, "hydra.run.dir=alone", "cache.dir=cache-alone") == 0
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(FSDP2), "-m", "dppo"]
+    done = subprocess.run(
+        [sys.executable, *launch, *words, "hydra.run.dir=pair", "cache.dir=cache-pair"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**outside(), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, both = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("alone", "pair")
+    )
+    for row, expected in zip(both, one, strict=True):
+        del row["phase"], expected["phase"]
+        clock = [key for key in row if "second" in key]
+        assert {key: row[key] for key in row if key not in clock} == pytest.approx(
+            {key: expected[key] for key in expected if key not in clock}, rel=1e-4, abs=1e-6
+        )
+    results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in ("alone", "pair")}
+    assert results["pair"]["processes"] == 2
+    assert results["pair"]["reward_model"]["splits"] == results["alone"]["reward_model"]["splits"]
+    place = tmp_path / "cache-pair" / results["pair"]["models"]["policy"]
+    assert Manifest.read(place).processes == 2
+    weights = {name: tmp_path / f"cache-{name}" / results[name]["models"]["policy"] for name in results}
+    ours, alone = (load_file(weights[name] / "adapter_model.safetensors") for name in ("pair", "alone"))
+    assert ours.keys() == alone.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-4)
 
 
 def stored(place: Path) -> dict[str, Any]:

@@ -36,9 +36,10 @@ def interim_win_rate(
     *,
     kl: bool,
 ) -> Callable[[ResponseScorer], Metrics]:
-    """A measurement of a policy in training, which every process enters; ``rewards`` gives those of its answers to ``prompts`` and the reference's.
+    """A measurement of a policy in training; ``rewards`` gives those of its answers to ``prompts`` and the reference's.
 
-    It gives ``win_rate`` (ties 1/2), ``n_prompts``, mean ``reward`` and ``tokens`` of an answer. With ``kl`` also
+    Every process enters it and writes its share of the answers; the main one has the result, the others nothing:
+    ``win_rate`` (ties 1/2), ``n_prompts``, mean ``reward`` and ``tokens`` of an answer. With ``kl`` also
     ``kl_nats_per_token`` and ``kl_nats_per_answer``: KL(policy || reference) on the policy's answers, for which the
     reference is loaded each time, because between two steps there is room where the gradients were; ``gain``, the mean
     reward above the reference's; and 95 % intervals of ``gain`` and ``win_rate`` over prompts.
