@@ -15,7 +15,7 @@ test: $(VENV)/installed lint
 test-all: $(VENV)/installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not cluster"
 
-# Ray and PostgreSQL are not installed by this: docs/clusters.md.
+# Ray, Slurm and PostgreSQL are not installed by this: docs/clusters.md.
 test-cluster: $(VENV)/installed
 	DPPO_OPT_IN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run
+from tests.conftest import Run, outside
 from tests.searches import files_with, free_port, pruning, states, until
 from tests.test_launchers import SECRET, STORAGE
 
@@ -19,9 +20,12 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(os.environ.get("DPPO_OPT_IN") != "1", reason="needs DPPO_OPT_IN=1"),
 ]
-# Debian puts the server's programs where no PATH leads.
-_PROGRAMS = os.pathsep.join([os.environ["PATH"], *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin")))])
+# Debian puts the servers' programs where no PATH leads.
+_PROGRAMS = os.pathsep.join(
+    [os.environ["PATH"], "/usr/sbin", *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin")))]
+)
 _INITDB, _POSTGRES = (shutil.which(name, path=_PROGRAMS) for name in ("initdb", "postgres"))
+_MUNGED, _SLURMCTLD, _SLURMD = (shutil.which(name, path=_PROGRAMS) for name in ("munged", "slurmctld", "slurmd"))
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs pip install hydra-ray-launcher")
@@ -88,3 +92,74 @@ def test_workers_and_postgresql(postgresql: str, dppo: Run, tmp_path: Path, monk
     assert len(ended) == 6
     assert set(ended) == {"complete", "pruned"}
     assert not files_with(tmp_path, SECRET)
+
+
+@pytest.fixture
+def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Slurm cluster of this machine alone, with a key of its own, found by ``SLURM_CONF``."""
+    folder = tmp_path_factory.mktemp("slurm")
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    (folder / "key").write_bytes(os.urandom(1024))
+    (folder / "key").chmod(0o400)
+    node = socket.gethostname().partition(".")[0]
+    (folder / "slurm.conf").write_text(
+        "\n".join(
+            [
+                "ClusterName=here",
+                f"SlurmctldHost={node}(127.0.0.1)",
+                "SlurmUser=root",
+                "SlurmdUser=root",
+                f"AuthInfo=socket={folder / 'munge'}",
+                f"SlurmctldPort={free_port()}",
+                f"SlurmdPort={free_port()}",
+                f"StateSaveLocation={folder / 'state'}",
+                f"SlurmdSpoolDir={folder / 'spool'}",
+                f"SlurmctldPidFile={folder / 'slurmctld.pid'}",
+                f"SlurmdPidFile={folder / 'slurmd.pid'}",
+                "ProctrackType=proctrack/linuxproc",
+                "TaskPlugin=task/none",
+                "SelectType=select/cons_tres",
+                "SelectTypeParameters=CR_Core",
+                "ReturnToService=2",
+                f"NodeName={node} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN",
+                f"PartitionName=all Nodes={node} Default=YES MaxTime=INFINITE State=UP",
+            ]
+        )
+        + "\n"
+    )
+    files = {
+        "socket": "munge",
+        "key-file": "key",
+        "pid-file": "munge.pid",
+        "log-file": "munge.log",
+        "seed-file": "seed",
+    }
+    munge = [str(_MUNGED), "--foreground", "--force", *(f"--{name}={folder / file}" for name, file in files.items())]
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    servers: list[subprocess.Popen[str]] = []
+
+    def serve(*command: str) -> None:
+        log = (folder / f"{Path(command[0]).name}.log").open("w")
+        servers.append(subprocess.Popen(command, stdout=log, stderr=log, text=True, env=outside()))
+
+    try:
+        serve(*munge)
+        until((folder / "munge").exists, servers[0])
+        serve(str(_SLURMCTLD), "-D", "-i")
+        serve(str(_SLURMD), "-D")
+        until(lambda: "idle" in subprocess.run(["sinfo", "-h"], capture_output=True, text=True).stdout, servers[-1])
+        yield
+    finally:
+        for server in reversed(servers):
+            server.terminate()
+            server.wait()
+
+
+@pytest.mark.skipif(_SLURMD is None or os.geteuid() != 0, reason="needs apt-get install slurm-wlm munge, and root")
+def test_slurm(slurm: None, dppo: Run, tmp_path: Path) -> None:
+    done = dppo(*pruning(4, "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=20"))
+    assert done.returncode == 0, done.stderr
+    assert states(tmp_path) == ["complete", "pruned", "pruned", "pruned"], done.stdout + done.stderr
+    jobs = subprocess.run(["scontrol", "show", "jobs", "--oneliner"], capture_output=True, text=True).stdout
+    assert jobs.count("JobState=COMPLETED") == 4
