@@ -86,9 +86,8 @@ class Interim:
 
     ``percent_at`` maps optimiser steps to the percent of the run that is done then. ``measure`` gets the policy, in
     eval mode, in every process, and has a result in the main one; None where only held-out pairs are looked at.
-    ``verdict`` is told every row
-    with a percent, once each and in order, and gives the reason to end the run, or None. ``setup`` stands for what is
-    measured, and on what: a stored row with another one tells this run nothing.
+    ``verdict`` is told every row with a percent, once each and in order, and gives the reason to end the run, or None.
+    ``setup`` stands for what is measured, and on what: a stored row with another one tells this run nothing.
     """
 
     percent_at: Mapping[int, int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -60,9 +61,9 @@ def accelerator(*, cpu: bool) -> Accelerator:
 def broadcast(accelerator: Accelerator, values: list[Any]) -> list[Any]:
     """The main process's values, in every process."""
     if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
+        from torch.distributed import broadcast_object_list
 
-        broadcast_object_list(values)
+        broadcast_object_list(values, src=0, group=_over_the_cpu())
     return values
 
 
@@ -70,7 +71,19 @@ def gather(accelerator: Accelerator, value: T) -> list[T]:
     """Every process's value, in every process, in the order of their numbers."""
     if accelerator.num_processes == 1:
         return [value]
-    from accelerate.utils import gather_object
+    from torch.distributed import all_gather_object
 
-    found: list[T] = gather_object([value])
+    found: list[Any] = [None] * accelerator.num_processes
+    all_gather_object(found, value, group=_over_the_cpu())
     return found
+
+
+@functools.cache
+def _over_the_cpu() -> Any:
+    """The processes as a group in which one can wait for another for hours and keep no GPU busy; None: they all are.
+
+    To be called by every process in the same place for the first time.
+    """
+    import torch.distributed as dist
+
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=_PATIENCE)

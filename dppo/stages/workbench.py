@@ -148,7 +148,7 @@ class Workbench:
                 if reuse:
                     self._share(None)
                 artifact = slot.get_or_build(together, self.say)
-        self.accelerator.wait_for_everyone()
+        gather(self.accelerator, None)
         return artifact
 
     def _share(self, started: Build | None) -> None:
@@ -160,7 +160,7 @@ class Workbench:
         directory, work = broadcast(self.accelerator, [None, None])
         if directory is not None:
             build(Build(Path(directory), Path(work)))
-        self.accelerator.wait_for_everyone()
+        gather(self.accelerator, None)
         return slot.artifact(reused=directory is None)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
