@@ -25,10 +25,6 @@ class JobError(Exception):
     """What made a job fail in another process, as text: not every exception can be sent from one to another."""
 
 
-class Resumable(KeyboardInterrupt):
-    """The user stopped what another command continues; the message says which."""
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine had no memory left; PyTorch says so in the text of a RuntimeError."""
     said = str(error).lower()

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dppo.artifacts import manifest
-from dppo.artifacts.files import disk_errors, write_atomic
+from dppo.artifacts.files import disk_errors, remove, write_atomic
 from dppo.dotted import leaves
 from dppo.errors import UserError
 from dppo.evaluation.histogram import shared_bins
@@ -63,6 +63,8 @@ class RunDirectory:
 
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.glob(".*.tmp"):
+                remove(leftover)  # of a run that was killed here
             text = yaml.safe_dump(json.loads(json.dumps(self.resolved)), sort_keys=False)
             self._write("config.yaml", text)
             self._write("command.txt", command_line(self.overrides) + "\n")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+from dppo import stopping
 from dppo.artifacts import Build, Cache, Slot, Store
 from dppo.loop import broadcast
 from dppo.types import Artifact, Json
@@ -146,7 +147,10 @@ class Workbench:
             with self.working(title, slot, reuse=reuse, detail=detail):
                 if reuse:
                     self._share(None)
-                artifact = slot.get_or_build(together, self.say)
+                try:
+                    artifact = slot.get_or_build(together, self.say)
+                finally:
+                    stopping.go_on()
         self.accelerator.wait_for_everyone()
         return artifact
 
