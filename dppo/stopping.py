@@ -111,7 +111,7 @@ def on_request() -> Iterator[None]:
     except Stopped as stop:
         restore(block.previous)
         launcher = block.previous.get(stop.signum)
-        if of_launcher(launcher):
+        if launcher is not None and of_launcher(launcher):
             launcher(stop.signum, None)
         raise
     finally:
