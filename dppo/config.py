@@ -266,9 +266,10 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where finished stages are kept and shared by all runs."""
+    """Where finished stages are kept and shared by all runs; with ``verify`` every byte is read before one is reused."""
 
     dir: str
+    verify: bool
 
 
 @dataclass(frozen=True)

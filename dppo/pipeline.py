@@ -724,7 +724,7 @@ def workbench(cache_dir: str, device: str) -> Workbench:
     threads.settle()
     if ":" in device:
         getattr(torch, device.partition(":")[0]).set_device(int(device.partition(":")[2]))
-    return Workbench(Cache(Path(cache_dir)), Accelerator(cpu=device == "cpu"))
+    return Workbench(Cache(Path(cache_dir), experiment.cache.verify), Accelerator(cpu=device == "cpu"))
 
 
 def _run_info(

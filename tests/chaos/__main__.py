@@ -23,7 +23,7 @@ from tests.chaos.outcomes import differences, leftovers, outcome, unsound
 from tests.chaos.runs import CASES, Case, Command, Ended, Fork, forking, run, strikes
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1}
-_MOST = 6  # strikes of one run
+_MOST = 8  # strikes of one run
 # Statuses that a run struck by a signal it can notice may end with, and 0 where it was nearly over.
 _STOPPED = (0, 75, 130)
 

@@ -19,14 +19,14 @@ from dppo.artifacts.stores import JsonRows, TokenRows
 from tests.chaos.runs import Case
 
 # Of rows of metrics and of trials' tables: what a clock says.
-_CLOCK = ("seconds", "tokens_per_second", "seconds_per_step", "duration", "started", "ended", "datetime")
+_CLOCK = ("timings", "seconds", "tokens_per_second", "seconds_per_step", "duration", "started", "ended", "datetime")
 
 
 def outcome(case: Case, folder: Path) -> dict[str, Any]:
     """By name: numbers, hashes of files and rows."""
-    found = {**_cached(folder / "cache")}
+    found = {**cached(folder / "cache")}
     if case.study is None:
-        return found | _directory("run", folder / "run")
+        return found | directory("run", folder / "run")
     return found | _study(folder, case.study)
 
 
@@ -64,7 +64,7 @@ def leftovers(folder: Path) -> int:
     return len(unfinished) + len(list(folder.rglob(".*.tmp")))
 
 
-def _cached(root: Path) -> dict[str, Any]:
+def cached(root: Path) -> dict[str, Any]:
     """Every artifact by the hashes of its files, every store by its rows."""
     found: dict[str, Any] = {}
     formats = {"json rows": JsonRows(), "token rows": TokenRows()}
@@ -90,13 +90,12 @@ def _cached(root: Path) -> dict[str, Any]:
     return found
 
 
-def _directory(name: str, path: Path) -> dict[str, Any]:
+def directory(name: str, path: Path) -> dict[str, Any]:
     """A run directory."""
     found: dict[str, Any] = {}
     result = json.loads((path / "result.json").read_text())
-    result.pop("timings")
     result.pop("command")  # of a trial it has the trial's number
-    found[f"{name}/result.json"] = result
+    found[f"{name}/result.json"] = _timeless(result)
     found[f"{name}/metrics.jsonl"] = _rows(path / "metrics.jsonl")
     for file in ("samples.jsonl", "pairs.jsonl"):
         if (path / file).exists():
@@ -127,10 +126,10 @@ def _study(folder: Path, study: str) -> dict[str, Any]:
         ]
         for path in sorted((place / str(trial.number)).rglob("result.json")):
             inner = path.parent.relative_to(place / str(trial.number))
-            found |= _directory(f"trial {index}/{inner}", path.parent)
+            found |= directory(f"trial {index}/{inner}", path.parent)
     for part in ("baselines", "results"):
         for path in sorted((place / part).rglob("result.json")):
-            found |= _directory(str(path.parent.relative_to(place)), path.parent)
+            found |= directory(_unnumbered(str(path.parent.relative_to(place))), path.parent)
     for name in ("results.csv", "best.yaml"):
         if (place / name).exists():
             text = (place / name).read_text()
@@ -140,17 +139,25 @@ def _study(folder: Path, study: str) -> dict[str, Any]:
 
 def _table(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
-        rows = [{key: value for key, value in row.items() if not _is_clock(key)} for row in csv.DictReader(file)]
-    return [{key: re.sub(r"trial \d+", "trial", value) for key, value in row.items()} for row in rows]
+        return [{key: _unnumbered(value) for key, value in _timeless(row).items()} for row in csv.DictReader(file)]
+
+
+def _unnumbered(text: str) -> str:
+    """Without the numbers of trials: a trial that is begun again has another one."""
+    return re.sub(r"(trial[ ,])\d+", r"\1", text)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not _is_clock(key)} for row in rows]
+    return [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def _is_clock(key: str) -> bool:
-    return any(word in key for word in _CLOCK)
+def _timeless(value: Any) -> Any:
+    """Without what a clock says, at any depth."""
+    if isinstance(value, list):
+        return [_timeless(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if not any(word in key for word in _CLOCK)}
+    return value
 
 
 def _hash(data: bytes) -> str:

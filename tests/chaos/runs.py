@@ -123,9 +123,7 @@ class Ended:
         return re.findall(r"^build \w+", self.log, re.MULTILINE)
 
 
-_STAGE = re.compile(
-    r"^(?:(?:build|reuse) (\w+) |(policy against)|(trial \d+ (?:complete|pruned|failed))|trial (\d+) \()"
-)
+_STAGE = re.compile(r"^(?:(?:build|reuse) (\w+) |(policy against)|(trial \d+ (?:\(|complete|pruned|failed)))")
 
 
 def stage_of(log: str) -> str:
