@@ -266,7 +266,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where finished stages are kept and shared by all runs; with ``verify`` every byte is read before one is reused."""
+    """Where finished stages are kept and shared by all runs; ``verify``: every byte is read before."""
 
     dir: str
     verify: bool

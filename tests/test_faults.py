@@ -64,10 +64,8 @@ def is_whole(folder: Path, undisturbed: Path) -> None:
 
 def often(one: Any, *others: Any) -> list[Any]:
     """One case for every day, and the others for the slow tests."""
-    return [
-        one,
-        *(pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in others),
-    ]
+    slow = [case if isinstance(case, tuple) else (case,) for case in others]
+    return [one, *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
 
 
 @pytest.mark.parametrize(("kibibytes", "stage"), often((230, "sft"), (0, None), (16, None), (500, "preference")))
