@@ -131,3 +131,13 @@ def go_on() -> None:
         asked, block.asked, block.waits = block.asked, None, False
         if asked is not None:
             block.stop(asked)
+
+
+@contextmanager
+def later() -> Iterator[None]:
+    """Within the block a signal stops nothing; ``Stopped`` is raised at its end."""
+    wait()
+    try:
+        yield
+    finally:
+        go_on()

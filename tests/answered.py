@@ -16,7 +16,6 @@ from dppo.generation import VLLM, Greedy
 from dppo.models import TinyLlama, save
 from dppo.stages import generate as stage
 from dppo.stages.workbench import Workbench
-from dppo.stopping import on_request
 from dppo.types import Artifact, Generation, Message, Prompt
 
 PROMPTS = [Prompt(f"prompt-{number}", (Message("user", "a boat " * (number + 1)),)) for number in range(12)]
@@ -57,7 +56,6 @@ def answered(
 
 
 if __name__ == "__main__":
-    stage._ROWS_PER_SHARD = int(sys.argv[4])  # by default more answers than a test has time for
+    stage._ROWS_PER_SHARD = 4  # by default more answers than a test has time for
     chosen = settings(sys.argv[3])
-    with on_request():
-        answered(Path(sys.argv[1]), Path(sys.argv[2]), chosen, ChatEncoder if isinstance(chosen, VLLM) else Stuck)
+    answered(Path(sys.argv[1]), Path(sys.argv[2]), chosen, ChatEncoder if isinstance(chosen, VLLM) else Stuck)

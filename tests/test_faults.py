@@ -6,21 +6,23 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dppo import cache as cache_command
+from dppo.data.encoding import ChatEncoder
+from dppo.stopping import Stopped, on_request
 from tests import disks
-from tests.answered import write_model
+from tests.answered import answered, settings, write_model
 from tests.chaos.outcomes import cached, differences, directory, unsound
-from tests.conftest import once, outside, small
+from tests.chaos.runs import Case, Ended, forking, run
+from tests.conftest import once, small
 from tests.test_artifacts import flip
 from tests.test_command_line import is_one_line, typed
 
@@ -134,7 +136,7 @@ def test_a_cache_that_is_damaged_everywhere_is_built_again(
     is_whole(copy, undisturbed)
 
 
-def stopped_in_training(folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGTERM) -> int:
+def stopped_in_training(folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> int:
     """Run until there is a checkpoint of the preference phase, and stop by a signal; the exit status."""
     over = threading.Event()
 
@@ -156,7 +158,7 @@ def stopped_in_training(folder: Path, monkeypatch: pytest.MonkeyPatch, number: s
 @pytest.mark.parametrize(
     ("damage", "older"), often((flip, True), (flip, False), (truncate, False), (empty, False), (empty, True))
 )
-def test_a_damaged_checkpoint_is_told_and_never_used(
+def test_slurms_warning_leaves_a_checkpoint_and_a_damaged_one_is_told_and_never_used(
     damage: Callable[[Path], None],
     older: bool,
     undisturbed: Path,
@@ -164,7 +166,11 @@ def test_a_damaged_checkpoint_is_told_and_never_used(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert stopped_in_training(tmp_path, monkeypatch) == 130
+    """Slurm's warning ends training with a status of its own, at the next step."""
+    assert stopped_in_training(tmp_path, monkeypatch, signal.SIGUSR1) == 75
+    said = capfd.readouterr()
+    assert "interrupted: main stopped after step" in said.err and "Traceback" not in said.err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
     (newest,) = tmp_path.glob(_TRAINING)
     if older:  # as after a kill between writing the newest and deleting the one before
         step, _, digest = newest.stem.removeprefix("step-").partition("-")
@@ -172,7 +178,6 @@ def test_a_damaged_checkpoint_is_told_and_never_used(
         later.write_bytes(newest.read_bytes())
         newest = later
     damage(newest)
-    capfd.readouterr()
     assert typed(monkeypatch, tmp_path, *here(tmp_path)) == 0
     said = capfd.readouterr()
     assert f"{newest.name} is damaged and deleted" in said.err + said.out
@@ -213,92 +218,66 @@ def test_files_of_another_time_and_locks_of_the_dead_hold_nobody_up(
     assert json.loads((copy / "run" / "result.json").read_text())["timings"]["total_seconds"] > 0
 
 
-@contextmanager
-def as_user(user: int, umask: int) -> Iterator[None]:
-    """In a forked child: be somebody else, of the group 5000."""
-    os.setgroups([5000])
-    os.setgid(5000)
-    os.setuid(user)
-    os.umask(umask)
-    yield
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can reach; pytest's are its own user's."""
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        yield Path(place)
 
 
-def of_user(user: int, umask: int, root: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str]:
-    """A run of another user's, as a fork: its modules are imported. The exit status and what was said."""
-    home = root / f"home-{user}"
-    home.mkdir(exist_ok=True)
-    os.chown(home, user, 5000)
-    log = root / "log"
-    log.unlink(missing_ok=True)
-    pid = os.fork()
-    if pid == 0:
-        status = 99
-        try:
-            output = os.open(log, os.O_CREAT | os.O_WRONLY)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-            with as_user(user, umask):
-                status = typed(monkeypatch, home, *WORDS, f"cache.dir={root / 'cache'}", "hydra.run.dir=run", *words)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), log.read_text()
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two other users")
-def test_two_users_share_a_cache_if_their_group_may_write_and_else_are_told(
-    undisturbed: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = tmp_path_factory.mktemp("users")
-    for path in (root, *root.parents[: root.parts.index("tmp")]):
-        path.chmod(path.stat().st_mode | 0o055) if path != Path("/tmp") and path.stat().st_uid == 0 else None
-    (root / "cache").mkdir()
-    os.chown(root / "cache", 1001, 5000)
-    (root / "cache").chmod(0o2775)
-    status, said = of_user(1001, 0o002, root, monkeypatch)
-    assert status == 0, said
-    status, said = of_user(1002, 0o002, root, monkeypatch)
-    assert status == 0 and "build " not in said, said
-    status, said = of_user(1002, 0o002, root, monkeypatch, "seed=1")  # reads the first one's model and adds to stores
-    assert status == 0 and "build preference" in said and "build sft" not in said, said
+def test_two_users_share_a_cache_if_their_group_may_write_and_else_are_told(open_folder: Path) -> None:
+    root = open_folder
+    cache = root / "cache"
+    cache.mkdir()
+    os.chown(cache, 1001, 5000)
+    cache.chmod(0o2775)
 
-    (root / "cache").chmod(0o755)
-    for path in (root / "cache").rglob("*"):
-        path.chmod(path.stat().st_mode & ~0o022)  # as the umask of most would have it
-    status, said = of_user(1002, 0o022, root, monkeypatch, "seed=2")
-    is_one_line(status, said, "", [f"{root / 'cache'}: cannot write: permission denied", "cache.dir="])
+    def run_as(user: int, umask: int, *words: str, where: Path = cache) -> Ended:
+        home = root / f"home-{user}"
+        home.mkdir(exist_ok=True)
+        os.chown(home, user, 5000)
+        given = (*WORDS, f"cache.dir={where}", f"hydra.run.dir=run-{len(list(home.iterdir()))}", *words)
+        return run(starter, Case("users", given), home, None, 2048, user=(user, 5000, umask))
+
+    with forking(warm=True) as starter:
+        first = run_as(1001, 0o002)
+        assert first.status == 0, first.log
+        again = run_as(1002, 0o002)
+        assert again.status == 0 and again.lines == [], again.log
+        other = run_as(1002, 0o002, "seed=1")  # from the first one's model, and with rows added to its stores
+        assert other.status == 0 and "build preference" in other.lines and "build sft" not in other.lines, other.log
+
+        for path in (cache, *cache.rglob("*")):
+            path.chmod(path.stat().st_mode & ~0o022)  # as most umasks have it
+        refused = run_as(1002, 0o022, "seed=2")
+        is_one_line(refused.status, refused.log, "", [f"{cache}: cannot write: permission denied", "cache.dir="])
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
-def test_slurms_warning_is_a_checkpoint_and_a_status_of_its_own(
-    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert stopped_in_training(tmp_path, monkeypatch, signal.SIGUSR1) == 75
-    assert "interrupted: main stopped after step" in capfd.readouterr().err
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
-    assert list(tmp_path.glob(_TRAINING))
-    assert typed(monkeypatch, tmp_path, *here(tmp_path)) == 0
-    assert "main: continues after step" in capfd.readouterr().out
-    is_whole(tmp_path, undisturbed)
+class Signalled(ChatEncoder):
+    """Gets a signal while it decodes its ninth answer."""
+
+    n_decoded = 0
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        if self.n_decoded == 8:
+            signal.raise_signal(signal.SIGTERM)
+        self.n_decoded += 1
+        return super().decode(token_ids)
 
 
 def test_a_signal_during_generation_costs_no_answer(tmp_path: Path) -> None:
-    """SIGTERM arrives in the ninth answer, when no shard is full yet: the eight before are committed."""
+    """No shard is full yet: the eight answers before are committed, and the next run makes the other four."""
     write_model(tmp_path / "model")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.answered", str(tmp_path / "cache"), str(tmp_path / "model"), "none", "2048"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=outside(),
-    )
-    assert process.stdout is not None and process.stdout.readline() == "stuck\n"
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
-    assert "Stopped" in said
+    with pytest.raises(Stopped), on_request():
+        answered(tmp_path / "cache", tmp_path / "model", settings("none"), Signalled)
     (shard,) = tmp_path.glob("cache/generate/*/shards/*")
     assert shard.name.startswith("000008-")
+    bench, found = answered(tmp_path / "cache", tmp_path / "model", settings("none"))
+    assert bench.records[0].rows == 4
+    assert answered(tmp_path / "apart", tmp_path / "model", settings("none"))[1] == found

@@ -44,7 +44,7 @@ def test_kill_9_costs_no_finished_batch(
         return [row for row in map(json.loads, notes.read_text().splitlines()) if kind in row]
 
     killed = subprocess.Popen(
-        [sys.executable, "-m", "tests.answered", str(tmp_path / "cache"), str(folder), python, "4"],
+        [sys.executable, "-m", "tests.answered", str(tmp_path / "cache"), str(folder), python],
         env={**outside(), "VLLM_STAND_IN": "stall 3", "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,

@@ -168,12 +168,16 @@ class Fork:
 
 
 @contextmanager
-def forking() -> Iterator[Fork]:
-    """Runs start as forks of one process; they can be struck before a change of a file."""
+def forking(*, warm: bool = False) -> Iterator[Fork]:
+    """Runs start as forks of one process; they can be struck before a change of a file.
+
+    ``warm``: of one that has made a whole run itself, so that nothing is left to import.
+    """
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.chaos.starter"],
+        [sys.executable, "-m", "tests.chaos.starter", *(["warm"] if warm else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
         env={**outside(), "OMP_NUM_THREADS": "1"},
     ) as process:
@@ -211,8 +215,15 @@ class Command:
         return self.running.pop(pid).wait()
 
 
-def run(starter: Fork | Command, case: Case, folder: Path, strike: Strike | None, rows: int) -> Ended:
-    """One start of a case in ``folder``, struck or not, until it has ended."""
+def run(
+    starter: Fork | Command,
+    case: Case,
+    folder: Path,
+    strike: Strike | None,
+    rows: int,
+    user: tuple[int, int, int] | None = None,
+) -> Ended:
+    """One start of a case in ``folder``, struck or not, until it has ended; ``user``: with its group and umask."""
     folder.mkdir(exist_ok=True)
     log = folder / f"{len(list(folder.glob('*.log')))}.log"
     log.touch()
@@ -225,6 +236,7 @@ def run(starter: Fork | Command, case: Case, folder: Path, strike: Strike | None
             "rows": rows,
             "operation": strike.operation if strike else None,
             "signal": int(strike.signal) if strike else 0,
+            "user": user,
         }
     )
     sent = False
