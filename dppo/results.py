@@ -18,8 +18,10 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,11 +104,22 @@ def versions() -> dict[str, Json]:
         **manifest.versions(),
         "git": manifest.git_revision(),
         "machine": platform.machine(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
     }
+
+
+def _cpu() -> str:
+    """The processor's name, as far as the system tells it."""
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 # --- result.json -----------------------------------------------------------------------------------------------------
