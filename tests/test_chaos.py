@@ -18,7 +18,8 @@ from tests.chaos.runs import CASES, Command, Ended, Fork, Strike, forking, run
 from tests.conftest import once
 
 _ROWS = 4
-STAGES = ("sft", "y_gen", "reference", "preference", "answers", "scores", "drift", "compare")
+STAGES = ("sft", "y_gen", "preference", "answers")
+ALL_STAGES = ("sft", "y_gen", "reference", "baseline", "scores", "preference", "answers", "drift", "compare")
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +44,20 @@ def test_random_kills_leave_what_an_undisturbed_run_leaves(
     starter: Fork, whole: tuple[Ended, dict[str, Any]], tmp_path: Path
 ) -> None:
     tally = Tally()
-    survive(starter, CASES["unll"], tmp_path / "run", whole, random.Random(4), tally, ["kill"], most=5, rows=_ROWS)
+    survive(starter, CASES["unll"], tmp_path / "run", whole, random.Random(4), tally, ["kill"], most=3, rows=_ROWS)
     assert tally.failures == []
-    assert tally.n_struck >= 2 and tally.runs["unll"] == 1
+    assert tally.n_struck >= 1 and tally.runs["unll"] == 1
 
 
+@pytest.mark.parametrize("stages", [STAGES, pytest.param(ALL_STAGES, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_a_signal_in_any_stage_ends_it_cleanly_and_the_same_command_goes_on(
-    starter: Fork, whole: tuple[Ended, dict[str, Any]], tmp_path: Path
+    stages: tuple[str, ...], starter: Fork, whole: tuple[Ended, dict[str, Any]], tmp_path: Path
 ) -> None:
     """One after another in one run: each stage is struck as it begins to change files, then goes on."""
     case, folder = CASES["unll"], tmp_path / "run"
     order = {signal.SIGTERM: 130, signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
     struck = []
-    for nth, stage in enumerate(STAGES):
+    for nth, stage in enumerate(stages):
         number, status = list(order.items())[nth % len(order)]
         ended = run(starter, case, folder, Strike("line", number, line=f"build {stage} "), _ROWS)
         assert ended.status == status or (ended.status == 0 and not ended.struck), (stage, ended)
@@ -65,7 +67,7 @@ def test_a_signal_in_any_stage_ends_it_cleanly_and_the_same_command_goes_on(
             assert re.search(r"^interrupted", ended.log, re.MULTILINE), ended.log
             assert json.loads((folder / "run" / "result.json").read_text())["status"] == "interrupted"
             assert leftovers(folder) <= 2  # checkpoints of the stage, and what they are of
-    assert {"sft", "preference"} <= set(struck) and len(struck) >= 4
+    assert {"sft", "preference"} <= set(struck)
     assert run(starter, case, folder, None, _ROWS).status == 0
     assert differences(whole[1], outcome(case, folder)) == []
     assert unsound(folder) == []

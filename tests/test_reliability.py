@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from dppo.results import versions
 from tests.runs import run_small
@@ -54,6 +55,7 @@ def test_a_run_draws_nothing_from_generators_that_the_process_shares(tmp_path: P
     assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index,union-attr]  # noqa: NPY002
 
 
+@pytest.mark.slow
 def test_two_runs_with_empty_caches_are_equal_to_the_bit(tmp_path: Path) -> None:
     from tests.chaos.outcomes import cached, differences
 
