@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dppo import config, startup
 from dppo.command_line import EXIT_FAILED, complain, explain_composition
 from dppo.errors import JobError, Pruned, UserError
-from dppo.stopping import Resumable, Stopped, on_request, status
+from dppo.stopping import Resumable, Stopped, on_request, raise_again, status
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -231,6 +231,7 @@ def _main() -> int:
     except InterpolationResolutionError as error:
         return complain(str(error).splitlines()[0])
     except HydraException as error:
+        raise_again()  # Hydra makes one of its own of whatever cuts a composition
         return complain(explain_composition(error, overrides, config.known_keys(overrides)))
     except BrokenPipeError:  # the reader of --help or --cfg has seen enough
         sys.stderr.close()

@@ -77,6 +77,7 @@ class _Block:
         self.previous: dict[int, Any] = {}
         self.waits = False
         self.asked: int | None = None
+        self.raised: int | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
         if self.waits:
@@ -87,6 +88,7 @@ class _Block:
 
     def stop(self, number: int) -> None:
         restore(self.previous)
+        self.raised = number
         raise Stopped("", number)
 
 
@@ -131,6 +133,13 @@ def go_on() -> None:
         asked, block.asked, block.waits = block.asked, None, False
         if asked is not None:
             block.stop(asked)
+
+
+def raise_again() -> None:
+    """Raise ``Stopped`` if a signal has raised it in this block before, and somebody made another exception of it."""
+    for block in _blocks:
+        if block.raised is not None:
+            raise Stopped("", block.raised)
 
 
 @contextmanager

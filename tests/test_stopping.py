@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dppo import stopping
-from dppo.stopping import REQUESTS, Resumable, Stopped, go_on, later, on_request, status, wait
+from dppo.stopping import REQUESTS, Resumable, Stopped, go_on, later, on_request, raise_again, status, wait
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,17 @@ def test_a_second_signal_acts_as_it_would_have() -> None:
         signal.raise_signal(signal.SIGINT)
         pytest.fail("goes on")
     assert not isinstance(stopped.value, Stopped)
+
+
+def test_what_somebody_made_of_it_is_a_stop_again() -> None:
+    with on_request():
+        raise_again()
+    with pytest.raises(Stopped) as stopped, on_request():
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        except BaseException:
+            raise_again()
+    assert stopped.value.signum == signal.SIGUSR1
 
 
 def test_a_block_within_another_changes_nothing() -> None:
