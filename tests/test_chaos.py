@@ -66,7 +66,8 @@ def test_a_signal_in_any_stage_ends_it_cleanly_and_the_same_command_goes_on(
             struck.append(stage)
             assert re.search(r"^interrupted", ended.log, re.MULTILINE), ended.log
             assert json.loads((folder / "run" / "result.json").read_text())["status"] == "interrupted"
-            assert leftovers(folder) <= 2  # checkpoints of the stage, and what they are of
+            # Checkpoints of the stage, what they are of, and its folder if the signal came before its first file.
+            assert leftovers(folder) <= 3
     assert {"sft", "preference"} <= set(struck)
     assert run(starter, case, folder, None, _ROWS).status == 0
     assert differences(whole[1], outcome(case, folder)) == []

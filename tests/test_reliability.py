@@ -49,10 +49,10 @@ def test_a_run_draws_nothing_from_generators_that_the_process_shares(tmp_path: P
     """So a checkpoint need not hold them."""
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002
-    before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]  # noqa: NPY002
+    before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
     run_small(tmp_path, "loss=unll", "alpha=0.1")
     assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index,union-attr]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index]  # noqa: NPY002
 
 
 @pytest.mark.slow
