@@ -17,14 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dppo import config, startup
-from dppo.command_line import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    complain,
-    explain_composition,
-)
-from dppo.errors import JobError, Pruned, Resumable, UserError, lost_process
+from dppo.command_line import EXIT_FAILED, complain, explain_composition
+from dppo.errors import JobError, Pruned, UserError, lost_process
 from dppo.processes import rank, world_size
+from dppo.stopping import Resumable, Stopped, on_request, raise_again, status
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -54,6 +50,7 @@ _SILENT = (
 _planned: set[str] = set()
 
 
+@on_request()  # a launcher may run the job in a process of its own
 def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     """One job of Hydra's: the values of ``objectives``, one as a float, several as a tuple; NaN for a dry run."""
     from hydra.core.hydra_config import HydraConfig
@@ -102,7 +99,7 @@ def run_job(composed: DictConfig) -> float | tuple[float, ...]:
         return math.nan  # ended by a limit of its own, which was said
     except Interrupted as stop:
         # Not an Exception: a multirun must stop as well.
-        raise KeyboardInterrupt(str(stop)) from None
+        raise Stopped(str(stop), stop.signum) from None
     except UserError as error:
         if hydra.mode == RunMode.MULTIRUN and world_size() == 1:
             # The other jobs go on; which one failed is said at once, and again by the exit status.
@@ -184,7 +181,15 @@ def main() -> int:
     """Run the command line of this process; returns the exit status."""
     startup.begin()
     try:
-        return _main()
+        with on_request():
+            return _main()
+    except Resumable as stop:
+        print(f"interrupted: {stop} continues", file=sys.stderr)
+        return status(stop)
+    except KeyboardInterrupt as stop:
+        said = str(stop)
+        print(f"interrupted{': ' + said if said else ''}; the same command continues", file=sys.stderr)
+        return status(stop)
     finally:
         startup.end()
 
@@ -242,14 +247,8 @@ def _main() -> int:
     except InterpolationResolutionError as error:
         return _complain_once(str(error).splitlines()[0])
     except HydraException as error:
+        raise_again()  # Hydra makes one of its own of whatever cuts a composition
         return _complain_once(explain_composition(error, overrides, config.known_keys(overrides)))
-    except Resumable as stop:
-        print(f"interrupted: {stop} continues", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except KeyboardInterrupt as stop:
-        said = str(stop)
-        print(f"interrupted{': ' + said if said else ''}; the same command continues", file=sys.stderr)
-        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of --help or --cfg has seen enough
         sys.stderr.close()
         return 0

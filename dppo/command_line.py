@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from dppo.errors import UserError
+from dppo.stopping import EXIT_INTERRUPTED
 from dppo.terminal import harmless
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 # Of a longer message the middle is left out: it quotes what was typed, which the user has.
 _HEAD, _TAIL = 700, 500
 

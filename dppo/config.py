@@ -268,9 +268,10 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where finished stages are kept and shared by all runs."""
+    """Where finished stages are kept and shared by all runs; ``verify``: every byte is read before."""
 
     dir: str
+    verify: bool
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,6 @@ class JobError(Exception):
     """What made a job fail in another process, as text: not every exception can be sent from one to another."""
 
 
-class Resumable(KeyboardInterrupt):
-    """The user stopped what another command continues; the message says which."""
-
-
 def lost_process(error: BaseException) -> bool:
     """Whether a process could not go on because another one of its run is gone; gloo says so in text only."""
     said = str(error).lower()

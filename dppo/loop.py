@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dppo import sharding
+from dppo import sharding, stopping
+from dppo.artifacts.files import hash_file, sync
 from dppo.attention import Kernel
 from dppo.batches import batches, collate, micro_batches
 from dppo.config import TrainSettings
@@ -62,7 +63,14 @@ ScorerOf = Callable[["PreTrainedModel", Literal["packed", "padded"], Kernel], Re
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; a checkpoint was written after the step in progress."""
+    """A signal asked for an end; a checkpoint was written after the step in progress."""
+
+    def __init__(self, said: str, signum: int = signal.SIGINT) -> None:
+        super().__init__(said, signum)
+        self.said, self.signum = said, signum
+
+    def __str__(self) -> str:
+        return self.said
 
 
 @dataclass
@@ -149,6 +157,7 @@ class _State:
     statistics: Tensor | None = None
     best_loss: float = math.inf
     best_step: int | None = None
+    saved_best: int | None = None  # the best step as the newest checkpoint has it
     start: Metrics = field(default_factory=dict)  # held-out log-probs before the first step
     watch: PenaltyWatch = field(default_factory=PenaltyWatch)
 
@@ -305,8 +314,8 @@ def train(
 
     ``scorer_of`` makes of the model what the objective looks at: log-probs, or rewards.
     ``log`` receives one flat mapping per logged step, with the 1-based ``step``. ``checkpoints`` is a directory of
-    this run's own; a checkpoint found there is continued. Raises ``Interrupted`` after SIGINT or SIGTERM, ``Pruned``
-    where ``interim`` says so; both leave a checkpoint.
+    this run's own; a checkpoint found there is continued, see ``drop_damaged_checkpoints``. Raises ``Interrupted``
+    after a signal that asks for an end, ``Pruned`` where ``interim`` says so; both leave a checkpoint.
     """
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(settings.deterministic)
@@ -412,7 +421,7 @@ def train(
                     if settings.save == "best":
                         best = sharding.whole_in_main(parameters, accelerator)
                         if main:
-                            _write_tensors(checkpoints / "best.safetensors", best, {})
+                            _save_best(checkpoints, best, state)
             pruned: str | None = None
             if interim is not None and state.step in interim.percent_at:
                 row = run.interim(interim, scorer, held_out, state)
@@ -421,16 +430,17 @@ def train(
                     pruned = interim.verdict(row)
                 (pruned,) = broadcast(accelerator, [pruned])
             due = settings.checkpoint_every is not None and state.step % settings.checkpoint_every == 0
-            stopping = run.any_rank(stopped.is_set())
-            if pruned or stopping or (due and not last):
+            ending = run.any_rank(stopped.is_set())
+            if pruned or ending or (due and not last):
                 _save(checkpoints, parameters, optimiser, state, accelerator)
             if pruned:
                 raise Pruned(pruned, state.step)
-            if stopping:
-                raise Interrupted(f"{title} stopped after step {state.step} of {steps}; a checkpoint was written")
+            if ending:
+                said = f"{title} stopped after step {state.step} of {steps}; a checkpoint was written"
+                raise Interrupted(said, stopped.signum or signal.SIGTERM)
     if settings.save == "best" and state.best_step is not None:
         accelerator.wait_for_everyone()
-        _load_tensors(checkpoints / "best.safetensors", parameters)
+        _load_tensors(_best(checkpoints, state.best_step)[-1], parameters)
     sharding.undivide(prepared, accelerator)
     return Outcome("complete", state.step, (), state.best_step, state.computed_tokens, state.watch.notices)
 
@@ -697,49 +707,50 @@ def _decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -
 
 
 class _Flag:
-    def __init__(self) -> None:
-        self._set = False
+    """The signal that came, if one did."""
 
-    def set(self) -> None:
-        self._set = True
+    signum: int | None = None
 
     def is_set(self) -> bool:
-        return self._set
+        return self.signum is not None
 
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[_Flag]:
-    """The first SIGINT or SIGTERM only sets a flag, so that a step is never cut in half; a second one acts at once."""
+    """The first signal that asks for an end sets a flag, so that a step is never cut in half; a second acts at once."""
     flag = _Flag()
     previous: dict[int, Any] = {}
 
     def on_signal(number: int, frame: Any) -> None:
-        flag.set()
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        flag.signum = number
+        stopping.restore(previous)
 
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, on_signal)
-    except ValueError:  # not the main thread: a launcher that owns the signals
-        previous.clear()
+    previous = stopping.handlers(on_signal)
     try:
         yield flag
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        stopping.restore(previous)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write atomically: a reader finds the old file or the whole new one."""
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write atomically: a reader finds the whole file or none. ``#`` in its name becomes its sha256; returns it."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob("*.partial-*"):
+        leftover.unlink(missing_ok=True)  # of a process that died: this directory is of one run alone
     partial = path.with_suffix(f".partial-{os.getpid()}")
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, dict(metadata))
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, dict(metadata))
+        sync(partial)
+        path = path.with_name(path.name.replace("#", hash_file(partial)))
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    sync(path.parent)
+    return path
 
 
 def _load_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -752,8 +763,44 @@ def _load_tensors(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def _saved(directory: Path) -> list[Path]:
-    """The checkpoints of a run, the newest last."""
+    """The checkpoints of a run, the newest last; each is named by its step and its sha256."""
     return sorted(directory.glob("step-*.safetensors"))
+
+
+def drop_damaged_checkpoints(directory: Path) -> None:
+    """Delete checkpoints that are not as they were written, with a warning; an older one, or none, is continued then.
+
+    Without the best weights so far every step is done again. For one process to call before ``train``.
+    """
+    best = [_is_sound(path) for path in _best(directory)]
+    for path in reversed(_saved(directory)):
+        if all(best) and _is_sound(path):
+            return
+        path.unlink(missing_ok=True)
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a file has the sha256 that it is named by; one that has not is deleted with a warning."""
+    with contextlib.suppress(OSError):  # what cannot be read is damaged as well
+        if hash_file(path) == path.stem.rpartition("-")[2]:
+            return True
+    _log.warning("warning: %s is damaged and deleted; its steps are done again", path)
+    path.unlink(missing_ok=True)
+    return False
+
+
+def _best(directory: Path, step: int | None = None) -> list[Path]:
+    """The weights of the lowest held-out losses, by step; with ``step`` those of that one."""
+    return sorted(directory.glob(f"best-{'*' if step is None else f'{step:09d}'}-*.safetensors"))
+
+
+def _save_best(directory: Path, parameters: Mapping[str, Tensor], state: _State) -> None:
+    """Keep the weights of this step, and until the next checkpoint those that the last one counts on."""
+    kept = [] if state.saved_best is None else _best(directory, state.saved_best)
+    kept.append(_write_tensors(directory / f"best-{state.step:09d}-#.safetensors", parameters, {}))
+    for path in _best(directory):
+        if path not in kept:
+            path.unlink(missing_ok=True)
 
 
 def _save(
@@ -792,9 +839,11 @@ def _save(
         )
     }
     older = _saved(directory)
-    _write_tensors(directory / f"step-{state.step:09d}.safetensors", tensors, metadata)
+    written = _write_tensors(directory / f"step-{state.step:09d}-#.safetensors", tensors, metadata)
     for path in older:
-        path.unlink(missing_ok=True)
+        if path != written:
+            path.unlink(missing_ok=True)
+    state.saved_best = state.best_step
 
 
 def _restore(
@@ -830,7 +879,7 @@ def _restore(
     state.step = saved["step"]
     state.computed_tokens = saved["computed_tokens"]
     state.best_loss = math.inf if saved["best_loss"] is None else saved["best_loss"]
-    state.best_step = saved["best_step"]
+    state.best_step = state.saved_best = saved["best_step"]
     state.start = saved["start"]
     watch = saved["watch"]
     state.watch = PenaltyWatch(tuple(watch["notices"]), watch["first"], tuple(watch["recent"]), watch["grown"])
@@ -839,4 +888,4 @@ def _restore(
 def checkpoint_step(directory: Path) -> int:
     """The step of the checkpoint that ``train`` would continue from; 0 without one."""
     paths = _saved(directory)
-    return int(paths[-1].stem.removeprefix("step-")) if paths else 0
+    return int(paths[-1].stem.split("-")[1]) if paths else 0

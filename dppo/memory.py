@@ -36,6 +36,7 @@ from dppo.batches import collate, micro_batches
 from dppo.config import LoraSettings, TrainSettings
 from dppo.data.kept import Kept
 from dppo.logps import ResponseScorer
+from dppo.stopping import later
 from dppo.threads import SHARING
 from dppo.types import Batch, EncodedExample
 
@@ -111,9 +112,10 @@ class Step:
             self.scorer_of,
             *(self.trains, accumulates, *decides, settings.activation_checkpointing, str(shape)),
         )
-        with torch.device("meta"), _quiet():
+        with later(), torch.device("meta"), _quiet():
             model = self._model()
-        with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
+        # An exception that a signal raises within the mode's own handler of an operation would abort the process.
+        with later(), FakeTensorMode(allow_non_fake_inputs=True), _quiet():
             _place(model)
             trained = sum(_bytes(one) for one in model.parameters() if one.requires_grad) if self.trains else 0
             activations = _traces.get(key, lambda: self._activations(model, part, accumulates, trained))

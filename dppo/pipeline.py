@@ -708,10 +708,10 @@ def chat_encoder(experiment: Experiment, cache: Cache) -> ChatEncoder:
 
 
 def _workbench(experiment: Experiment) -> Workbench:
-    return workbench(experiment.cache.dir, experiment.device)
+    return workbench(experiment.cache.dir, experiment.device, verify=experiment.cache.verify)
 
 
-def workbench(cache_dir: str, device: str) -> Workbench:
+def workbench(cache_dir: str, device: str, *, verify: bool = False) -> Workbench:
     """The cache and the device of a run; makes no directory. Raises UserError for a device that is not there."""
     import torch
 
@@ -724,7 +724,7 @@ def workbench(cache_dir: str, device: str) -> Workbench:
     threads.settle()
     if ":" in device:
         getattr(torch, device.partition(":")[0]).set_device(int(device.partition(":")[2]))
-    return Workbench(Cache(Path(cache_dir)), processes.accelerator(cpu=device == "cpu"))
+    return Workbench(Cache(Path(cache_dir), verify), processes.accelerator(cpu=device == "cpu"))
 
 
 def _run_info(

@@ -18,8 +18,10 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dppo.artifacts import manifest
-from dppo.artifacts.files import disk_errors, write_atomic
+from dppo.artifacts.files import disk_errors, remove, write_atomic
 from dppo.dotted import leaves
 from dppo.errors import UserError
 from dppo.evaluation.histogram import shared_bins
@@ -64,6 +66,8 @@ class RunDirectory:
 
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.glob(".*.tmp"):
+                remove(leftover)  # of a run that was killed here
             text = yaml.safe_dump(json.loads(json.dumps(self.resolved)), sort_keys=False)
             self._write("config.yaml", text)
             self._write("command.txt", command_line(self.overrides) + "\n")
@@ -101,11 +105,22 @@ def versions() -> dict[str, Json]:
         **manifest.versions(),
         "git": manifest.git_revision(),
         "machine": platform.machine(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
     }
+
+
+def _cpu() -> str:
+    """The processor's name, as far as the system tells it."""
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 # --- result.json -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,11 +72,12 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Search; ``arguments`` are the words of the command line, of which some are fixed and some searched."""
-        from dppo.errors import Resumable, UserError
+        from dppo.errors import UserError
         from dppo.search import report, summary, workers
         from dppo.search.pruners import pruner_from
         from dppo.search.runner import Runner, say
         from dppo.search.study import WORKER, open_study, reach
+        from dppo.stopping import Resumable
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("hydra/sweeper=optuna: a search is one process, not several under torchrun")
@@ -118,7 +120,8 @@ class OptunaSweeper(Sweeper):
                 say("another process still runs a trial of this study: it makes the results")
         except KeyboardInterrupt as stop:
             said = f"{stop}; " if str(stop) else ""
-            raise Resumable(f"{said}the same command with hydra.sweeper.resume=true") from None
+            asked = getattr(stop, "signum", signal.SIGINT)
+            raise Resumable(f"{said}the same command with hydra.sweeper.resume=true", asked) from None
         finally:
             written = report.write(study, experiment.objectives)
             for line in written.lines:

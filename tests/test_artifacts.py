@@ -28,6 +28,7 @@ from dppo.artifacts import Build, Cache, MissingRows, Store, Tokens, fingerprint
 from dppo.artifacts.fingerprint import canonical, to_bytes
 from dppo.artifacts.layout import identify
 from dppo.errors import UserError
+from tests import disks
 
 CONTENT = {"version": 1, "train": {"lr": 1e-4, "steps": 300}}
 
@@ -40,15 +41,8 @@ def cache(tmp_path: Path) -> Cache:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one megabyte."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a tmpfs is not allowed here")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
+    with disks.small_disk(tmp_path / "small") as mount:
+        yield mount
 
 
 def write(build: Build, text: str = "weights") -> None:
@@ -325,12 +319,16 @@ def test_links_and_a_foreign_manifest_are_refused(cache: Cache, tmp_path: Path) 
 
 def test_other_users_can_read_an_artifact(cache: Cache) -> None:
     before = os.umask(0o022)
+    slot = cache.artifact("sft", CONTENT)
     try:
-        path = built(cache)
+        with slot.building() as build:
+            write(build)
+            (build.directory / "notes.txt").chmod(0o600)  # as safetensors does
     finally:
         os.umask(before)
-    assert path.stat().st_mode & 0o777 == 0o755
-    assert (path / "manifest.json").stat().st_mode & 0o777 == 0o644
+    assert slot.path.stat().st_mode & 0o777 == 0o755
+    for name in ("manifest.json", "notes.txt"):
+        assert (slot.path / name).stat().st_mode & 0o777 == 0o644
 
 
 def truncate(path: Path) -> None:
@@ -847,7 +845,7 @@ def test_a_disk_that_fills_up_at_the_manifest_is_a_user_error(small_disk: Path) 
     slot = cache.artifact("sft", CONTENT)
     with pytest.raises(UserError, match="cannot write: no space left on device"), slot.building() as build:
         write(build)
-        fill(small_disk / "ballast")
+        disks.fill(small_disk / "ballast")
     assert not slot.path.exists()
     assert list((cache.root / ".building").iterdir()) == []
     (small_disk / "ballast").unlink()
@@ -864,12 +862,6 @@ def test_a_disk_that_fills_up_keeps_the_shards_before(small_disk: Path) -> None:
     assert len(list(store.shards.iterdir())) == 1
     store.append({"b": tokens(-2.0)})
     assert token_store(cache).missing("ab") == []
-
-
-def fill(path: Path) -> None:
-    with open(path, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        while True:
-            file.write(b"x" * 4096)
 
 
 def test_a_size_limit_of_the_process_is_a_user_error(cache: Cache) -> None:
@@ -924,7 +916,7 @@ def test_a_read_only_cache_can_be_used_but_not_filled(small_disk: Path, caplog: 
     token_store(cache).append({"a": tokens(-1.0)})
     token_store(cache).append({"b": tokens(-2.0)})
     flip(next(shard for shard in token_store(cache).shards.iterdir()))
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    disks.make_read_only(small_disk)
     assert cache.artifact("sft", CONTENT).get_or_build(write).path == str(path)
     store = token_store(cache)
     assert len(store.missing("ab")) == len(store.missing("ab")) == 1

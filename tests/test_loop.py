@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from dppo import loop
+from dppo.artifacts.files import hash_file
 from dppo.batches import batches, collate
 from dppo.config import LoraSettings, TrainSettings
 from dppo.data.shapes import with_answers_to_other_prompts
@@ -50,6 +51,7 @@ from dppo.losses.penalised import UnLL
 from dppo.losses.penalties import Linear, Quadratic
 from dppo.losses.sft import SFT
 from dppo.losses.unpaired import KTO
+from dppo.stopping import REQUESTS
 from dppo.types import EncodedExample, EncodedResponse, LossContext, LossTerms, Objective, ResponseLogps, Role, Shape
 from tests import two_ranks
 from tests.conftest import once
@@ -729,10 +731,10 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(case: str, step
 
     stopped = Run(tmp_path / "stopped", start())
     stopped.on_log = lambda row: interrupt() if row["step"] == step and "train/loss" in row else None
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(number) for number in REQUESTS]
     with pytest.raises(Interrupted, match=rf"train stopped after step {step} of 5"):
         stopped(objective, settings, **given)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in REQUESTS] == handlers
     assert checkpoint_step(stopped.folder) == step
 
     resumed = Run(stopped.folder, start())
@@ -752,7 +754,8 @@ def test_a_copied_checkpoint_continues_as_if_nothing_had_happened(tmp_path: Path
 
     undisturbed.on_log = copy
     undisturbed(RunningMargin(), settings)
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["step-000000004.safetensors"]  # the older is gone
+    (path,) = (tmp_path / "b").iterdir()
+    assert path.name == f"step-000000004-{hash_file(path)}.safetensors", "the older is gone"
     (tmp_path / "b" / "step-000000005.partial-1").write_bytes(b"torn")  # what a kill leaves
     copied = Run(tmp_path / "b", gpt2(dtype=torch.float32, seed=9))  # every weight comes from the checkpoint
     copied(RunningMargin(), settings)

@@ -237,7 +237,11 @@ def test_the_lost_are_reclaimed_and_the_living_are_not() -> None:
     own = studies._owner()
     assert not studies.is_gone(own)
     assert studies.is_gone({**own, "started": own["started"] - 100}), "the number belongs to another process now"
+    assert studies.is_gone({**own, "boot": "another"}), "the machine was started again"
     assert not studies.is_gone({**own, "pid": 2**22 + 1, "host": "another"}), "another machine can't be asked"
+    if Path("/proc/uptime").exists():  # a clock that is set makes nobody another one: it is not looked at
+        since_start = float(Path("/proc/uptime").read_text().split()[0])
+        assert 0 < own["started"] <= since_start
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
     assert studies.is_gone({**own, "pid": child.pid, "host": socket.gethostname()})

@@ -125,7 +125,10 @@ class Slot(Entry):
 
     def _commit(self, build: Build) -> None:
         files = {}
+        allowed = build.directory.stat().st_mode & 0o666
         for path in tree_files(build.directory):
+            # Some libraries write files for their owner alone; whom the umask lets in may read the artifact.
+            path.chmod(path.stat().st_mode | allowed)
             name = path.relative_to(build.directory).as_posix()
             if name == manifests.NAME:
                 raise ValueError(f"{self.name}: {name} is written by the cache, not by the stage")

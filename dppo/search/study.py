@@ -8,6 +8,7 @@ import secrets
 import shlex
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -427,6 +428,7 @@ def _owner() -> dict[str, Any]:
     return {
         "pid": os.getpid(),
         "started": _started(os.getpid()),
+        "boot": _boot(),
         "host": socket.gethostname(),
         "worker": os.environ.get(WORKER, ""),
         "token": secrets.token_hex(8),
@@ -434,13 +436,29 @@ def _owner() -> dict[str, Any]:
 
 
 def _started(pid: int) -> float | None:
+    """When a process began, in seconds; None if it has ended.
+
+    On Linux since the machine was started: a clock that is set meanwhile makes no living process another one.
+    """
     import psutil
 
     try:
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        with suppress(OSError):
+            ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+            return int(ticks) / os.sysconf("SC_CLK_TCK")
+        return float(process.create_time())
     except psutil.NoSuchProcess:
         return None
+
+
+def _boot() -> str:
+    """What tells one start of this machine from another; empty where nothing does."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
 def is_gone(owner: Mapping[str, Any]) -> bool:
@@ -448,5 +466,5 @@ def is_gone(owner: Mapping[str, Any]) -> bool:
     if owner["host"] != socket.gethostname():
         return False
     started = _started(owner["pid"])
-    # The same number with another start is another process; the clock may have been set a little since.
-    return started is None or abs(started - owner["started"]) > 2
+    # The same number with another start is another process; where the clock counts, it may have been set a little.
+    return started is None or owner.get("boot", _boot()) != _boot() or abs(started - owner["started"]) > 2

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from dppo import threads
-from dppo.command_line import EXIT_INTERRUPTED
+from dppo import stopping, threads
 from dppo.errors import UserError
 from dppo.search.study import WORKER
 
@@ -62,7 +61,7 @@ def run_workers(
 ) -> None:
     """Start the workers and wait until they have nothing to do; one that is killed is replaced while work is ``left``.
 
-    ``died`` is told the process id of a killed one. Raises KeyboardInterrupt when they were stopped, and UserError
+    ``died`` is told the process id of a killed one. Raises Stopped when they were stopped, and UserError
     when a worker fails, after the others have ended.
     """
     environments = shares(n_jobs)
@@ -70,7 +69,7 @@ def run_workers(
     failed: list[str] = []
     starts = [0] * n_jobs
     running: dict[int, _Worker] = {}
-    stopped = False
+    stopped: int | None = None
 
     def start(number: int) -> None:
         starts[number] += 1
@@ -78,11 +77,11 @@ def run_workers(
 
     def forward(signum: int, frame: object) -> None:
         nonlocal stopped
-        stopped = True
+        stopped = signum
         for worker in running.values():
             worker.process.send_signal(signal.SIGTERM)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = stopping.handlers(forward)
     try:
         for number in range(n_jobs):
             start(number)
@@ -94,21 +93,20 @@ def run_workers(
                     continue
                 worker.reader.join(timeout=_LAST_WORDS)
                 del running[number]
-                if stopped or status == 0:
+                if stopped is not None or status == 0:
                     continue
                 if status < 0:
                     print(f"worker {number} was killed by signal {-status}", flush=True)
                     died(worker.process.pid)
-                elif status != EXIT_INTERRUPTED:
+                elif status not in (stopping.EXIT_INTERRUPTED, stopping.EXIT_REQUEUE):
                     failed.append(f"worker {number} ended with status {status}")
                     continue
                 if left() and starts[number] < _MOST_STARTS:
                     start(number)
     finally:
-        for number_, handler in previous.items():
-            signal.signal(number_, handler)
-    if stopped:
-        raise KeyboardInterrupt
+        stopping.restore(previous)
+    if stopped is not None:
+        raise stopping.Stopped("", stopped)
     if failed:
         raise UserError(f"{failed[0]}; see {directory / 'workers'}")
 

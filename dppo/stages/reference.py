@@ -86,12 +86,18 @@ def _key(prompt_id: str, response_id: str) -> str:
 
 
 def _lacking(examples: Sequence[EncodedExample], missing: set[str]) -> list[EncodedExample]:
-    """The examples with only those responses whose rows are missing; examples without one are left out."""
+    """The examples with only those responses whose rows are missing; examples without one are left out.
+
+    What several examples share is with the first of them alone: so the examples that a kill left to do are cut into
+    the same micro-batches as without it, and their log-probs are the same to the bit.
+    """
     todo = []
+    left = set(missing)
     for example in examples:
         responses = tuple(
-            response for response in example.responses if _key(example.prompt_id, response.response_id) in missing
+            response for response in example.responses if _key(example.prompt_id, response.response_id) in left
         )
         if responses:
+            left.difference_update(_key(example.prompt_id, response.response_id) for response in responses)
             todo.append(dataclasses.replace(example, responses=responses))
     return todo

@@ -11,13 +11,22 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dppo import startup
+from dppo import startup, stopping
 from dppo.artifacts import Build
 from dppo.artifacts.manifest import NAME as MANIFEST
 from dppo.config import LoraSettings, TrainSettings
 from dppo.errors import Pruned, UserError
 from dppo.logps import ResponseScorer
-from dppo.loop import Interim, Metrics, Outcome, ReferenceLogps, ScorerOf, checkpoint_step, train
+from dppo.loop import (
+    Interim,
+    Metrics,
+    Outcome,
+    ReferenceLogps,
+    ScorerOf,
+    checkpoint_step,
+    drop_damaged_checkpoints,
+    train,
+)
 from dppo.processes import broadcast
 from dppo.types import Artifact, EncodedExample, Objective
 
@@ -224,9 +233,13 @@ def run_training(
 ) -> Outcome:
     """Run the loop with its checkpoints and metrics in the stage's work directory; metrics end in the artifact.
 
-    In the main process ``on_row`` is told every row, also those from before the checkpoint that is continued.
+    In the main process ``on_row`` is told every row, also those from before the checkpoint that is continued. A signal
+    that comes when the last step is done waits until ``Workbench.artifact`` has committed the result.
     """
     journal = started.work / METRICS
+    if bench.is_main:
+        drop_damaged_checkpoints(started.work)
+    bench.accelerator.wait_for_everyone()
     done = checkpoint_step(started.work)
     if done:
         bench.say(f"  {title}: continues after step {done}")
@@ -260,6 +273,7 @@ def run_training(
         title=title,
         scorer_of=scorer_of,
     )
+    stopping.wait()  # with the policy in memory and its last checkpoint some steps old
     if bench.is_main:
         _write_rows(started.directory / METRICS, read_metrics(journal))
     return outcome

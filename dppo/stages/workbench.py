@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+from dppo import stopping
 from dppo.artifacts import Build, Cache, Slot, Store
 from dppo.processes import broadcast, gather
 from dppo.types import Artifact, Json
@@ -147,7 +148,10 @@ class Workbench:
             with self.working(title, slot, reuse=reuse, detail=detail):
                 if reuse:
                     self._share(None)
-                artifact = slot.get_or_build(together, self.say)
+                try:
+                    artifact = slot.get_or_build(together, self.say)
+                finally:
+                    stopping.go_on()
         gather(self.accelerator, None)
         return artifact
 
@@ -158,8 +162,11 @@ class Workbench:
     def _join(self, slot: Slot, build: Callable[[Build], None]) -> Artifact:
         """The part of a process that is not the main one."""
         directory, work = broadcast(self.accelerator, [None, None])
-        if directory is not None:
-            build(Build(Path(directory), Path(work)))
+        try:
+            if directory is not None:
+                build(Build(Path(directory), Path(work)))
+        finally:
+            stopping.go_on()
         gather(self.accelerator, None)
         return slot.artifact(reused=directory is None)
 
