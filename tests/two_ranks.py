@@ -112,7 +112,8 @@ def run_sharded(accelerator: Accelerator, folder: Path, log: Callable[[Metrics],
 
 def finish_sharded(accelerator: Accelerator, checkpoints: Path) -> dict[str, Tensor]:
     """The weights at the end of the run whose checkpoint at half of its steps two processes have left."""
-    (checkpoints / "best.safetensors").unlink()
+    (best,) = checkpoints.glob("best-*.safetensors")
+    best.unlink()
     rows: list[Metrics] = []
     found: dict[str, Tensor] = _sharded(accelerator, checkpoints, rows.append, None, save="last")["tensors"]
     assert rows[0]["step"] == 4
