@@ -29,7 +29,7 @@ from benchmarks.generation import generation
 from benchmarks.growth import growth
 from benchmarks.rows import Row, alternate
 from benchmarks.setting import Setting
-from benchmarks.steps import compiled, step
+from benchmarks.steps import compiled, gate, step
 
 
 def python(*arguments: str, environment: dict[str, str] | None = None) -> Callable[[], object]:
@@ -88,6 +88,7 @@ HERE: dict[str, Callable[[int], list[Row]]] = {"startup": startup, "default_job"
 ON_A_MODEL: dict[str, Callable[[Setting, int], list[Row]]] = {
     "step": step,
     "compiled": compiled,
+    "gate": gate,
     "generation": generation,
     "growth": growth,
     "trl": trl,

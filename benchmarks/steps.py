@@ -64,6 +64,51 @@ def compiled(setting: Setting, rounds: int) -> list[Row]:
     return rows
 
 
+def gate(setting: Setting, rounds: int) -> list[Row]:
+    """y_gen computed only where its penalty's gate is open, against always; log-probs and their gradient, fp32.
+
+    Whether a gate is open is known when the other two answers have been scored: y_gen's pass is a second one, behind
+    the prompt once more. The note has the share of tokens that is computed.
+    """
+    import torch
+
+    from dppo.batches import collate
+    from dppo.logps import ResponseScorer
+    from dppo.types import EncodedExample
+
+    model = experiment(setting).model.load_model(0).train()
+    scorer = ResponseScorer(model, "packed")
+    whole = with_third(examples(setting, BATCH_SIZE))
+
+    def only(roles: Sequence[str], some: Sequence[EncodedExample]) -> list[EncodedExample]:
+        return [
+            EncodedExample(
+                one.example_id,
+                one.prompt_id,
+                one.prompt_ids,
+                tuple(answer for answer in one.responses if answer.role in roles),
+            )
+            for one in some
+        ]
+
+    def run(parts: Sequence[Sequence[EncodedExample]]) -> None:
+        total = torch.zeros(())
+        for part in parts:
+            total = total + scorer(collate(list(part))).tokens.sum()
+        total.backward()
+        model.zero_grad()
+
+    rows = []
+    n_tokens = sum(one.n_tokens for one in whole)
+    for n_open in (1, 2):
+        parts = [only(("chosen", "rejected"), whole), only(("generated",), whole[:n_open])]
+        share = sum(one.n_tokens for part in parts for one in part) / n_tokens
+        where = (f"open, {n_open} of {len(whole)}", functools.partial(run, parts))
+        row = alternate("y_gen", where, ("always", functools.partial(run, [whole])), rounds)
+        rows.append(row.noted(f"{share:.0%} of the tokens"))
+    return rows
+
+
 def _step(
     setting: Setting,
     drawn: Sequence[EncodedExample],
