@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dppo.data import Dataset
     from dppo.generation import VLLM, Greedy
     from dppo.models import Model
+    from dppo.rates import Rates
     from dppo.rewards import PairwiseReward, Reward
     from dppo.tracking import Tracking
     from dppo.types import Json, Objective
@@ -286,6 +287,7 @@ class Experiment:
     reward: Reward | PairwiseReward
     evaluation: EvaluationSettings
     tracking: Tracking
+    rates: Rates  # looked at by dry runs alone
     seed: int
     device: str
     cache: CacheSettings
@@ -301,6 +303,14 @@ class Experiment:
             "device",
             self.device,
             "must be auto, cpu, cuda, cuda:N, mps or xpu",
+        )
+        from dppo.rates import Measured
+
+        require(
+            self.dry_run or isinstance(self.rates, Measured),
+            "rates",
+            type(self.rates).__name__.lower(),
+            "only a dry run reckons with a machine that is elsewhere: add dry_run=true, or drop rates",
         )
         require(len(self.objectives) > 0, "objectives", "[]", "name at least one path into result.json")
         if not self.phases:
@@ -826,6 +836,7 @@ def _forward_names(cls: type) -> dict[str, Any]:
     from dppo.data import Dataset
     from dppo.generation import VLLM, Greedy
     from dppo.models import Model
+    from dppo.rates import Rates
     from dppo.rewards import PairwiseReward, Reward
     from dppo.tracking import Tracking
     from dppo.types import Objective
@@ -836,6 +847,7 @@ def _forward_names(cls: type) -> dict[str, Any]:
         "Model": Model,
         "Objective": Objective,
         "PairwiseReward": PairwiseReward,
+        "Rates": Rates,
         "Reward": Reward,
         "Tracking": Tracking,
         "VLLM": VLLM,

@@ -72,7 +72,7 @@ FIXED = 0
 ALONE = Place()
 _PAIRS_PER_BATCH = 1024
 # Parts of a configuration that decide where and how a run is made, and not what comes out.
-_NO_INFLUENCE = ("cache", "device", "tracking", "dry_run", "report", "objectives", "allowed_targets")
+_NO_INFLUENCE = ("cache", "device", "tracking", "dry_run", "rates", "report", "objectives", "allowed_targets")
 # Words that a run's name shows in another form, or that say where and how it is made.
 _NOT_IN_NAME = ("hydra", "loss", "penalty", "alpha", "beta", "zeta", "seed", *_NO_INFLUENCE)
 _LONGEST_NAME = 100

@@ -1,7 +1,8 @@
 """What a run would do, without doing it: which stages it would build, how much work that is, and how long it takes.
 
 Every place in the cache is made by the functions that the stages use themselves. Times and sizes are measured ones, of
-similar stages in the same cache; where nothing similar has run they stay unknown.
+similar stages in the same cache; where nothing similar has run they stay unknown. With ``rates`` of a machine that is
+elsewhere they are reckoned from weights and tokens instead.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from dppo.artifacts import Damaged, Manifest, ReadOnly, Slot, Store, fingerprint
 from dppo.artifacts.layout import Entry, Layout
 from dppo.cache import size
 from dppo.command_line import aligned, duration
-from dppo.config import Experiment, Phase
+from dppo.config import Experiment, Phase, TrainSettings
 from dppo.data.encoding import ChatEncoder
 from dppo.data.on_policy import OnPolicy
 from dppo.loop import checkpoint_step, n_steps
 from dppo.losses.sft import SFT
 from dppo.memory import size as held
 from dppo.models import Model, architecture, n_parameters
+from dppo.rates import Assumed, computed_tokens, mean
 from dppo.rewards import Reward
 from dppo.rewards.bradley_terry import BradleyTerry, TrainedReward
 from dppo.stages.compare import compare_slot
@@ -86,6 +88,7 @@ class Step:
     bytes: int | None
     basis: str
     memory: int | None = None  # bytes at the peak of a training step, if it can be estimated
+    device_seconds: float = 0.0  # of all devices; 0 where times are measured ones
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,11 @@ class Plan:
     def seconds(self) -> float:
         """The sum of the times that are known; starting Python and loading data come on top."""
         return sum(step.seconds or 0.0 for step in self.steps)
+
+    @property
+    def device_seconds(self) -> float:
+        """Those of all devices, where rates were given."""
+        return sum(step.device_seconds for step in self.steps)
 
     @property
     def bytes(self) -> int:
@@ -141,7 +149,8 @@ def plan(experiment: Experiment, *, also_built: Collection[str] = ()) -> Plan:
 
 def lines(found: Plan) -> list[str]:
     """A plan as a table with totals, and what is not known."""
-    rows = [("stage", "id", "", "work", "time", "memory", "disk", "measured on")]
+    basis = "reckoned with" if found.device_seconds else "measured on"
+    rows = [("stage", "id", "", "work", "time", "memory", "disk", basis)]
     for step in found.steps:
         todo = step.action != "reuse"
         rows.append(
@@ -162,12 +171,17 @@ def lines(found: Plan) -> list[str]:
     told.append(
         f"dry run: {len(found.todo)} of {len(found.steps)} stages to build or extend, "
         f"{_total(duration(found.seconds), found.seconds > 0, found.without_time)} of time, "
-        f"{_total(size(found.bytes), found.bytes > 0, found.without_size)} of disk"
+        f"{_total(size(found.bytes), found.bytes > 0, found.without_size)} of disk" + device_hours(found.device_seconds)
     )
     for what, titles in (("time", found.without_time), ("size", found.without_size)):
         if titles:
             told.append(f"no {what} known for {', '.join(titles)}: nothing like it has run with this cache")
     return told
+
+
+def device_hours(seconds: float) -> str:
+    """The end of a line of totals; empty where no rates were given."""
+    return f", {seconds / 3600:,.1f} device-hours" if seconds else ""
 
 
 def _total(text: str, any_known: bool, unknown: Sequence[str]) -> str:
@@ -190,10 +204,20 @@ class _Planner:
     steps: list[Step] = field(default_factory=list)
     makes: set[str] = field(default_factory=set)
     model: Json = None  # the identity of the model that all others in this run come from
+    tokens_per_example: float = 0.0  # mean, of the latest phase
 
     @functools.cached_property
     def past(self) -> _Past:
         return _Past(self.bench.cache)
+
+    @property
+    def rates(self) -> Assumed | None:
+        return self.experiment.rates if isinstance(self.experiment.rates, Assumed) else None
+
+    @functools.cached_property
+    def n_weights(self) -> int | None:
+        """None where it is not known without the weights, as of GGUF that was not converted yet."""
+        return n_parameters(self.experiment.model)
 
     def artifact(
         self,
@@ -204,10 +228,12 @@ class _Planner:
         *,
         guessed: bool = False,
         memory: Callable[[], int | None] = lambda: None,
+        reckon: Callable[[Assumed, int, int], float] = lambda rates, n_weights, n_units: 0.0,
     ) -> None:
         """Plan an artifact; ``guessed``: its fingerprint stands for one that is not known yet.
 
-        ``memory`` estimates the peak of what is built, in bytes.
+        ``memory`` estimates the peak of what is built, in bytes; ``reckon`` the seconds of so many units of its work by
+        the rates of a machine and the model's number of weights.
         """
         known = None if guessed else slot.fingerprint
         if (not guessed and slot.complete()) or self._made(slot.fingerprint):
@@ -216,19 +242,48 @@ class _Planner:
         self.makes.add(slot.fingerprint)
         done = checkpoint_step(slot.work)
         kind, scale = _kind(slot.stage, slot.stage, slot.inputs, self.model)
-        seconds, basis = self.past.seconds(kind, (work - done) * scale)
+        seconds, basis, device_seconds = self._seconds(
+            kind, (work - done) * scale, lambda rates, n_weights: reckon(rates, n_weights, work - done)
+        )
         parts = [f"continues after step {done}"] if done else []
         parts += [basis] if basis else []
         found = self.past.size(kind)
+        if found is None and self.rates is not None and slot.stage not in _TRAINED:
+            found = self.rates.score_bytes(work)
         if found is None and slot.stage in _TRAINED and not _lora(slot.inputs):
             found = _model_bytes(self.experiment.model)
             parts += ["disk: the weights alone"] if found is not None else []
         size_ = None if found is None else round(found)
         told = "; ".join(parts)
-        self.steps.append(Step(title, slot.stage, known, "build", work - done, unit, seconds, size_, told, memory()))
+        self.steps.append(
+            Step(title, slot.stage, known, "build", work - done, unit, seconds, size_, told, memory(), device_seconds)
+        )
 
-    def store(self, title: str, store: Store[Any], keys: Sequence[str], unit: str) -> None:
-        """Plan the rows ``keys`` of a store."""
+    def _seconds(
+        self, kind: _Kind, work: float, reckon: Callable[[Assumed, int], float]
+    ) -> tuple[float | None, str, float]:
+        """(estimate, what it is based on, the seconds of all devices if they are counted)."""
+        rates = self.rates
+        if rates is None:
+            return *self.past.seconds(kind, work), 0.0
+        if self.n_weights is None:
+            return None, "the number of weights is not known", 0.0
+        seconds = reckon(rates, self.n_weights)
+        if kind.stage == "scores":
+            basis = f"{rates.responses_per_second:g} responses/s, {rates.reward_devices} devices of the reward's own"
+            return seconds, basis, seconds * (rates.n_devices + rates.reward_devices)
+        return seconds, str(rates), seconds * rates.n_devices
+
+    def store(
+        self,
+        title: str,
+        store: Store[Any],
+        keys: Sequence[str],
+        unit: str,
+        *,
+        reckon: Callable[[Assumed, int, int], tuple[float, float]],
+    ) -> None:
+        """Plan the rows ``keys`` of a store; ``reckon`` gives seconds and bytes of so many rows, as for artifacts."""
         missing = [f"{store.fingerprint}:{key}" for key in store.missing(keys)]
         missing = [row for row in missing if not self._made(row)]
         if not missing:
@@ -236,8 +291,13 @@ class _Planner:
             return
         self.makes.update(missing)
         kind, _ = _kind(store.stage, title, store.inputs, self.model)
-        seconds, basis = self.past.seconds(kind, len(missing))
+        seconds, basis, device_seconds = self._seconds(
+            kind, len(missing), lambda rates, n_weights: reckon(rates, n_weights, len(missing))[0]
+        )
         found = self.past.size(kind)
+        size_ = None if found is None else round(found * len(missing))
+        if self.rates is not None and self.n_weights is not None:
+            size_ = round(reckon(self.rates, self.n_weights, len(missing))[1])
         self.steps.append(
             Step(
                 title,
@@ -247,8 +307,9 @@ class _Planner:
                 len(missing),
                 unit,
                 seconds,
-                None if found is None else round(found * len(missing)),
+                size_,
                 basis,
+                device_seconds=device_seconds,
             )
         )
 
@@ -291,7 +352,14 @@ def _add_stages(
         ids = [example.example_id for example in encoder.answers(kl_prompts, there)]
     sampled = pipeline.own_distribution(experiment)
     slot = drift_slot(bench, policy, reference, ids, pairs, train, own_distribution=sampled)
-    planner.artifact("drift", slot, n_responses(len(ids), pairs), "response", guessed=guessed)
+    planner.artifact(
+        "drift",
+        slot,
+        n_responses(len(ids), pairs),
+        "response",
+        guessed=guessed,
+        reckon=_scoring(2 * planner.tokens_per_example),  # by both models
+    )
     parents = [own.fingerprint, other.fingerprint, scored.fingerprint]
     planner.artifact("compare", compare_slot(bench, prompts, parents, experiment.evaluation), len(prompts), "prompt")
 
@@ -320,7 +388,9 @@ def _add_start(planner: _Planner) -> tuple[str, str]:
             architecture(experiment.model), examples, train, SFT(), seed=experiment.sft.seed, evaluates=False
         )
 
-    planner.artifact("sft", slot, n_steps(train, len(examples)), "step", memory=memory)
+    planner.artifact(
+        "sft", slot, n_steps(train, len(examples)), "step", memory=memory, reckon=_training(train, examples)
+    )
     return slot.fingerprint, slot.fingerprint
 
 
@@ -331,16 +401,21 @@ def _add_reward_model(planner: _Planner, reference: str) -> None:
     if not isinstance(settings, BradleyTerry):
         return
     slot = reward_model_slot(bench, settings, experiment.model, dataset, reference, encoder)
-    n_examples = 0
-    if settings.train.steps is None and not slot.complete():  # only then their number has a say
-        n_examples = len(reward_model_examples(settings, dataset, encoder).examples)
-    planner.artifact("reward", slot, n_steps(settings.train, n_examples), "step")
+    examples: Sequence[EncodedExample] = ()
+    # Only then their number or their lengths have a say.
+    if not slot.complete() and (settings.train.steps is None or planner.rates is not None):
+        examples = reward_model_examples(settings, dataset, encoder).examples
+    n_examples = len(examples)
+    planner.artifact(
+        "reward", slot, n_steps(settings.train, n_examples), "step", reckon=_training(settings.train, examples)
+    )
     made = Artifact(slot.stage, slot.fingerprint, str(slot.path), (), reused=slot.complete())
     reward = TrainedReward(settings, made, encoder)
     slot = accuracy_slot(bench, reward, dataset, experiment.evaluation)
     splits = measured_splits(experiment.evaluation.split)
     n_pairs = 0 if slot.complete() else sum(len(accuracy_pairs(reward, dataset, split)) for split in splits)
-    planner.artifact("accuracy", slot, 2 * n_pairs, "response")
+    each = mean(one.n_tokens for one in examples) / 2
+    planner.artifact("accuracy", slot, 2 * n_pairs, "response", reckon=_scoring(each))
     planner.experiment = dataclasses.replace(experiment, reward=reward)
 
 
@@ -355,7 +430,7 @@ def _add_candidates(
     prompts = on_policy.answerable(pipeline.prompts_to_answer(experiment), dataset, encoder)
     store = candidates_store(bench, model, dataset.answers, encoder)
     keys = [prompt.prompt_id for prompt in prompts]
-    planner.store("candidates", store, keys, "prompt")
+    planner.store("candidates", store, keys, "prompt", reckon=_decoding(dataset.answers.n_answers))
     missing = set(store.missing(keys))
     made = stored_candidates(store, [key for key in keys if key not in missing])
     mixed = dataset.own_answers("train") if dataset.mix_in else {}
@@ -370,7 +445,7 @@ def _add_candidates(
     ranking = scores_store(bench, reward)
     names = on_policy.ranking_keys(reward, prompts, texts)
     unit = "response" if isinstance(reward, Reward) else "pair"
-    planner.store("scores", ranking, [name for key in keys for name in names[key]], unit)
+    planner.store("scores", ranking, [name for key in keys for name in names[key]], unit, reckon=_rewards)
     unranked = set(ranking.missing([name for key in keys for name in names[key]]))
     known = [key for key in keys if key not in missing and not unranked & set(names[key])]
     scores = {key: [float(place) for place, _ in enumerate(blank)] for key, blank in blanks.items()}
@@ -398,7 +473,7 @@ def _add_phase(
     if "generated" in phase.loss.uses_roles:
         store = answers_store(bench, base, experiment.generation, encoder)
         keys = [prompt.prompt_id for prompt in data.prompts]
-        planner.store("y_gen", store, keys, "answer")
+        planner.store("y_gen", store, keys, "answer", reckon=_decoding(1))
         parents.append(store.fingerprint)
         there = _there(store, keys)
         unknown = [_unknown(store, key) for key in keys if key not in there]
@@ -407,7 +482,9 @@ def _add_phase(
         examples = (*encoder.add_generated(answered, there, data.max_length), *rest)
     if phase.loss.uses_reference:
         logps = reference_store(bench, base, phase.train)
-        planner.store("reference", logps, [*response_keys(examples), *unknown], "response")
+        asked = [*response_keys(examples), *unknown]
+        n_tokens = sum(_computed(planner, phase, one) for one in examples)
+        planner.store("reference", logps, asked, "response", reckon=_scoring_rows(n_tokens / max(1, len(asked))))
         parents.append(logps.fingerprint)
     steps = n_steps(phase.train, len(data.examples))
     curve: Json = None
@@ -440,7 +517,15 @@ def _add_phase(
             evaluates=bool(data.held_out),
         )
 
-    planner.artifact("preference", slot, steps, "step", memory=memory)
+    planner.tokens_per_example = mean(_computed(planner, phase, one) for one in data.examples)
+    planner.artifact(
+        "preference",
+        slot,
+        steps,
+        "step",
+        memory=memory,
+        reckon=_steps(phase.train, planner.tokens_per_example),
+    )
     return slot
 
 
@@ -449,7 +534,7 @@ def _add_rewards(planner: _Planner, stores: Mapping[str, Store[Json]], prompts: 
     keys, texts = [prompt.prompt_id for prompt in prompts], []
     known = []
     for title, store in stores.items():
-        planner.store(title, store, keys, "answer")
+        planner.store(title, store, keys, "answer", reckon=_decoding(1))
         known.append((store, _there(store, keys)))
     reward = planner.experiment.reward
     scored = scores_store(planner.bench, reward)
@@ -458,9 +543,9 @@ def _add_rewards(planner: _Planner, stores: Mapping[str, Store[Json]], prompts: 
             for prompt in prompts:
                 answer = there.get(prompt.prompt_id)
                 texts.append(_unknown(store, prompt.prompt_id) if answer is None else score_key(prompt, answer.text))
-        planner.store("scores", scored, texts, "response")
+        planner.store("scores", scored, texts, "response", reckon=_rewards)
     elif len(known) == 2:  # a pairwise reward has nothing to say about one model alone
-        planner.store("scores", scored, _pair_keys(known[0], known[1], prompts), "pair")
+        planner.store("scores", scored, _pair_keys(known[0], known[1], prompts), "pair", reckon=_rewards)
     return scored
 
 
@@ -496,6 +581,59 @@ def _unknown(store: Store[Json], prompt_id: str) -> str:
 def _model_bytes(model: Model) -> int | None:
     weights = n_parameters(model)
     return None if weights is None else weights * _BYTES_PER_WEIGHT
+
+
+# --- what a machine that is elsewhere would take ---------------------------------------------------------------------
+
+
+def _computed(planner: _Planner, phase: Phase, example: EncodedExample) -> int:
+    """Tokens of an example in a forward pass of a phase, with those of an answer that is not there yet."""
+    lacks = "generated" in phase.loss.uses_roles and example.response("generated") is None
+    unwritten = planner.rates.tokens_per_answer if planner.rates is not None and lacks else 0
+    return computed_tokens(example, packed=phase.train.packing == "packed", unwritten=unwritten)
+
+
+def _training(train: TrainSettings, examples: Sequence[EncodedExample]) -> Callable[[Assumed, int, int], float]:
+    packed = train.packing == "packed"
+    return _steps(train, mean(computed_tokens(one, packed=packed) for one in examples))
+
+
+def _steps(train: TrainSettings, tokens_per_example: float) -> Callable[[Assumed, int, int], float]:
+    """Optimiser steps, with their evaluations."""
+
+    def reckon(rates: Assumed, n_weights: int, n_steps_: int) -> float:
+        tokens = n_steps_ * train.batch_size * tokens_per_example
+        n_evaluations = 1 + n_steps_ // train.evaluate_every if train.evaluate_every else 0
+        looked_at = n_evaluations * train.n_evaluation_examples * tokens_per_example
+        spent = rates.training(
+            n_weights, tokens, adapters=train.lora is not None, checkpointing=train.activation_checkpointing
+        )
+        return spent + rates.scoring(n_weights, looked_at)
+
+    return reckon
+
+
+def _scoring(tokens_each: float) -> Callable[[Assumed, int, int], float]:
+    return lambda rates, n_weights, n_units: rates.scoring(n_weights, n_units * tokens_each)
+
+
+def _scoring_rows(tokens_each: float) -> Callable[[Assumed, int, int], tuple[float, float]]:
+    """Log-probs that are kept; the tokens of prompts are computed with them, and counted as if they were kept."""
+    return lambda rates, n_weights, n_rows: (
+        rates.scoring(n_weights, n_rows * tokens_each),
+        rates.logp_bytes(n_rows, n_rows * tokens_each),
+    )
+
+
+def _decoding(n_answers_each: int) -> Callable[[Assumed, int, int], tuple[float, float]]:
+    return lambda rates, n_weights, n_rows: (
+        rates.decoding(n_weights, n_rows * n_answers_each),
+        rates.answer_bytes(n_rows * n_answers_each),
+    )
+
+
+def _rewards(rates: Assumed, n_weights: int, n_rows: int) -> tuple[float, float]:
+    return rates.rewards(n_rows), rates.score_bytes(n_rows)
 
 
 # --- what earlier runs took ------------------------------------------------------------------------------------------

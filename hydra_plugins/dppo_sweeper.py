@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # More combinations than this are not all composed before the first trial; every end is still checked once.
 _CHECKED = 64
 # Words that place a run, and measurements on its way: neither changes what comes out.
-_NO_INFLUENCE = ("cache.", "device", "tracking.", "dry_run", "report", "evaluation.interim.")
+_NO_INFLUENCE = ("cache.", "device", "tracking.", "dry_run", "rates", "report", "evaluation.interim.")
 # How often a run is measured on its way if a pruner asks for it and nobody said how often.
 _POINTS = 4
 _PRUNABLE = ("objective", "win_rate.", "reward.policy", "reward.delta", "held_out.accuracy")

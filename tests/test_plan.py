@@ -12,8 +12,11 @@ import pytest
 
 from dppo import config
 from dppo.artifacts import Cache
+from dppo.errors import UserError
 from dppo.loop import Interrupted, Metrics, Outcome, train
+from dppo.pipeline import chat_encoder
 from dppo.plan import Plan, lines, plan
+from dppo.stages.sft import sft_examples
 from tests.conftest import small
 from tests.runs import Finished, run_small
 from tests.test_command_line import is_one_line, typed
@@ -237,3 +240,88 @@ def test_a_search_says_what_its_runs_would_cost(
     assert rows["results of the best"][4] == rows["results of loss=dpo"][3] == "3"
     assert "dry run: 28 runs" in told, "5 x 2 trials, 3 x 2 baselines, 4 x 3 results"
     assert list(tmp_path.iterdir()) == []
+
+
+# --- a machine that is elsewhere -------------------------------------------------------------------------------------
+
+RATES: tuple[str, ...] = (
+    "rates=h100",
+    "dry_run=true",
+    "rates.n_devices=2",
+    "rates.teraflops=0.001",
+    "rates.utilisation=0.5",
+)
+RATES += ("rates.decoded_tokens_per_second=1.0", "rates.tokens_per_answer=8", "rates.responses_per_second=4.0")
+
+
+def test_rates_of_a_machine_price_every_stage_by_weights_and_tokens(tmp_path: Path) -> None:
+    found = {step.title: step for step in planned(tmp_path, *BASE, *RATES).steps}
+    measured = {step.title: step for step in planned(tmp_path, *BASE).steps}
+    assert {title: (step.fingerprint, step.work) for title, step in found.items()} == {
+        title: (step.fingerprint, step.work) for title, step in measured.items()
+    }
+    words = small(*BASE, f"cache.dir={tmp_path / 'cache'}", "device=cpu")
+    experiment = config.load(config.compose(words), words)
+    n_weights = experiment.model.load_model(0).num_parameters()
+    speed = 2 * 0.001e12 * 0.5
+
+    encoder = chat_encoder(experiment, Cache(tmp_path / "cache"))
+    assert experiment.sft.train is not None
+    chats = sft_examples(experiment.dataset, experiment.sft.train, 0, encoder).examples
+    each = sum(one.n_tokens for one in chats) / len(chats)
+    # 4 steps of sft.train.batch_size chats; evaluated at the start and after 2 and 4 steps, on 4 chats.
+    n_tokens = each * experiment.sft.train.batch_size * 4
+    assert found["sft"].seconds == pytest.approx(n_weights * (6 * n_tokens + 2 * each * 4 * 3) / speed)
+
+    n_answers = found["answers"].work
+    assert found["answers"].seconds == pytest.approx(n_answers * 8 / (1.0 * 1e9 / n_weights) / 2)
+    assert found["answers"].bytes == n_answers * (128 + 12 * 8)
+    assert found["scores"].seconds == pytest.approx(found["scores"].work / 4)
+    assert found["scores"].device_seconds == pytest.approx(found["scores"].work / 4 * (2 + 4))
+    assert found["sft"].device_seconds == pytest.approx(2 * (found["sft"].seconds or 0))
+    told = lines(planned(tmp_path, *BASE, *RATES))
+    assert told[0].endswith("reckoned with") and told[-1].endswith(" device-hours")
+    assert "2 devices, 0.001 TFLOP/s at 50%" in told[1]
+    assert all(step.seconds is not None and step.bytes is not None for step in found.values())
+
+
+def test_what_costs_more_is_reckoned_to_cost_more(tmp_path: Path) -> None:
+    def seconds(title: str, *words: str) -> float:
+        (step,) = [one for one in planned(tmp_path, *BASE, *RATES, *words).steps if one.title == title]
+        return step.seconds or 0.0
+
+    plain = seconds("preference", "train.evaluate_every=null")
+    assert seconds("preference", "train.evaluate_every=null", "train.steps=16") == pytest.approx(2 * plain)
+    assert seconds("preference", "train.evaluate_every=null", "rates.n_devices=4") == pytest.approx(plain / 2)
+    assert seconds("preference", "train.evaluate_every=null", "train=lora") == pytest.approx(plain * 4 / 6)
+    again = seconds("preference", "train.evaluate_every=null", "train.activation_checkpointing=true")
+    assert again == pytest.approx(plain * 8 / 6)
+    assert seconds("preference") > plain
+    assert seconds("preference", "train.evaluate_every=null", "train.packing=padded") > plain
+    assert seconds("preference", "train.evaluate_every=null", "rates.tokens_per_answer=80") > plain
+    assert seconds("y_gen", "rates.tokens_per_answer=16") == pytest.approx(2 * seconds("y_gen"))
+
+
+def test_a_search_adds_up_device_hours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = small("-m", "hydra/sweeper=optuna", "alpha=choice(0.1,0.2)", *RATES, "hydra.sweeper.n_trials=2")
+    assert typed(monkeypatch, tmp_path, *words, "hydra.sweeper.test_seeds=0") == 0
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last.startswith("dry run: 2 runs, about") and " device-hours; " in last
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("rates=a100",), "rates=assumed: only a dry run reckons with a machine that is elsewhere"),
+        (("rates=a100", "dry_run=true", "rates.n_devices=0"), "rates.n_devices=0: must be at least 1"),
+        (("rates=a100", "dry_run=true", "rates.utilisation=40"), "rates.utilisation=40.0: must be in (0, 1]"),
+        (("rates=a100", "dry_run=true", "rates.teraflops=0"), "rates.teraflops=0.0: must be > 0"),
+        (("rates=a100", "dry_run=true", "rates.reward_devices=-1"), "rates.reward_devices=-1: must be at least 0"),
+    ],
+)
+def test_wrong_rates_are_refused(words: tuple[str, ...], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.load(config.compose(words), words)
+    assert str(caught.value).startswith(line)

@@ -31,7 +31,7 @@ from dppo.evaluation.win_rates import (
 )
 
 # Settings that tell runs of one configuration apart, or have no influence on results.
-_NOT_COMPARED = ("seed", "cache", "device", "tracking", "objectives", "report", "dry_run")
+_NOT_COMPARED = ("seed", "cache", "device", "tracking", "objectives", "report", "dry_run", "rates")
 # Root values stand once more where they are used: a default that was typed makes no other configuration.
 _ROOTS = ("alpha", "beta", "zeta", "penalty")
 _PRESETS = ("experiment", "sweep")

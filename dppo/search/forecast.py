@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dppo.cache import size
 from dppo.command_line import aligned, duration
 from dppo.config import Experiment
-from dppo.plan import Plan, lines, plan
+from dppo.plan import Plan, device_hours, lines, plan
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Kind:
 
 
 def forecast(kinds: Sequence[Kind], n_jobs: int) -> list[str]:
-    """Tables of the first run's stages and of all runs, with times and sizes as far as they were measured."""
+    """Tables of the first run's stages and of all runs, with times and sizes as far as they are known."""
     made: set[str] = set()
     rows = [("runs", "number", "stages to build", "time of the first", "of a further one", "disk")]
     told: list[str] = []
-    seconds, disk, unknown = 0.0, 0.0, False
+    seconds, disk, of_devices, unknown = 0.0, 0.0, 0.0, False
     for kind in kinds:
         if kind.n_runs == 0:
             continue
@@ -33,6 +33,7 @@ def forecast(kinds: Sequence[Kind], n_jobs: int) -> list[str]:
         first, further = (_plan(kind, seed, made) for seed in (10**6, 10**6 + 1))
         told = told or ["first run:", *lines(first)]
         seconds += first.seconds + (kind.n_runs - 1) * further.seconds
+        of_devices += first.device_seconds + (kind.n_runs - 1) * further.device_seconds
         disk += first.bytes + (kind.n_runs - 1) * further.bytes
         unknown = unknown or bool(first.without_time or further.without_time)
         rows.append(
@@ -52,7 +53,8 @@ def forecast(kinds: Sequence[Kind], n_jobs: int) -> list[str]:
         *told,
         "",
         *aligned(rows),
-        f"dry run: {n_runs} runs, {least}{duration(seconds / n_jobs)}{beside}, {least}{size(round(disk))} of disk; "
+        f"dry run: {n_runs} runs, {least}{duration(seconds / n_jobs)}{beside}, {least}{size(round(disk))} of disk"
+        f"{device_hours(of_devices)}; "
         "start-up comes on top, pruning saves",
     ]
 
