@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -325,3 +327,19 @@ def test_wrong_rates_are_refused(words: tuple[str, ...], line: str) -> None:
     with pytest.raises(UserError) as caught:
         config.load(config.compose(words), words)
     assert str(caught.value).startswith(line)
+
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "laptop_to_cluster.md").read_text()
+COMMANDS = re.findall(r"^python -m dppo (.*?)(?:  #.*)?$", "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)), re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_page_print_device_hours(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, tmp_path, *small(*shlex.split(command))) == 0
+    assert capfd.readouterr().out.rstrip().endswith(" device-hours")
+
+
+def test_the_page_has_commands() -> None:
+    assert len(COMMANDS) == 3
