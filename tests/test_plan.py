@@ -330,7 +330,9 @@ def test_wrong_rates_are_refused(words: tuple[str, ...], line: str) -> None:
 
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "laptop_to_cluster.md").read_text()
-COMMANDS = re.findall(r"^python -m dppo (.*?)(?:  #.*)?$", "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)), re.M)
+COMMANDS = re.findall(
+    r"^python -m dppo (.*?)(?:  #.*)?$", "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)), re.M
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
