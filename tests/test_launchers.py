@@ -27,6 +27,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"cache.dir={tmp_path_factory.mktemp('shared')}"
 
 
+@pytest.mark.slow
 def test_joblib_and_a_journal(dppo: Run, tmp_path: Path, shared: str) -> None:
     words = pruning(3, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", shared)
     words += ["hydra.sweeper.storage=journal:///trials.log"]

@@ -74,7 +74,7 @@ def test_a_pruned_search_killed_at_random_ends_as_an_undisturbed_one(
     chance = random.Random(0)
     words = [*PRUNED, budget, "hydra.sweeper.study_name=other", "cache.dir=other", "hydra.sweeper.resume=true"]
     directory = tmp_path / "outputs" / "sweeps" / "other"
-    for more in (1, 2, 2):
+    for more in (1, 2):
         target = begun(directory) + more
         process = subprocess.Popen(
             [sys.executable, "-m", "dppo", *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
