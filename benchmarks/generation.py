@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,7 @@ def generation(setting: Setting, rounds: int, n_prompts: int = 16, n_new: int = 
 
     others = [(f"generate {precision}", theirs(precision)) for precision in ("fp32", "bf16")]
     source = getattr(experiment(setting).model, "_source", None)  # a model from a GGUF file
-    if source is not None and importlib.util.find_spec("llama_cpp") is not None:
+    if source is not None and importlib.util.find_spec("llama_cpp") is not None and _llama_cpp_runs(source()):
         others.append(("llama.cpp", one_by_one(source())))
     rows = []
     firsts = [(f"dppo {precision}", ours(precision)) for precision in ("fp32", "bf16")]
@@ -95,3 +97,15 @@ def generation(setting: Setting, rounds: int, n_prompts: int = 16, n_new: int = 
             same = sum(own[key] == other[key] for key in own)
             rows.append(row.noted(f"{n_tokens / row.first_median:.0f} tokens/s, {same} of {len(own)} texts equal"))
     return rows
+
+
+def _llama_cpp_runs(file: Path) -> bool:
+    """Whether it decodes a token on this machine; a build for another processor takes the whole process with it."""
+    code = (
+        "import sys, llama_cpp; engine = llama_cpp.Llama(sys.argv[1], n_ctx=16, verbose=False); "
+        "next(iter(engine.generate([1, 2, 3], temp=0.0)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, check=False)
+    if done.returncode:
+        print(f"  llama.cpp is left out: decoding a token ended with status {done.returncode}", flush=True)
+    return done.returncode == 0
