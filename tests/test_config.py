@@ -105,6 +105,8 @@ def test_every_option_composes_and_passes_the_door(group: str, option: str) -> N
         words.append("dataset=ultrafeedback")
     if group == "dataset/answers":
         words.append("dataset=on_policy")
+    if group == "rates":
+        words.append("dry_run=true")
     if group.startswith("hydra/sweeper/"):
         words.append("hydra/sweeper=optuna")
     experiment = load(compose(words), words)

@@ -214,9 +214,9 @@ def test_a_passing_failure_is_tried_again(fault: Any, kind: Any, scorer: Served)
 
 @pytest.mark.parametrize("date", [False, True])
 def test_retry_after_is_obeyed_by_all_requests(date: bool, scorer: Served) -> None:
-    wait = email.utils.formatdate(time.time() + 2, usegmt=True) if date else "0.4"
+    wait = email.utils.formatdate(time.time() + 3, usegmt=True) if date else "0.4"
     scorer.faults.append((429, wait))
-    reward = nemotron(scorer, "reward.server.concurrency=1", "reward.server.max_wait=3")
+    reward = nemotron(scorer, "reward.server.concurrency=1", "reward.server.max_wait=4")
     reward.score(PROMPTS, ANSWERS)
     gaps = [after - before for before, after in pairwise(scorer.times)]
     assert gaps[0] >= (0.9 if date else 0.4), "a date has whole seconds"

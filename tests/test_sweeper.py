@@ -90,7 +90,7 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
     ("too few directions", ["objectives=[win_rate.value,n_prompts]"], ["objectives=", "[maximize,minimize]"]),
     ("unknown objective", ["objectives=[win_rate.valeu]"], ["Did you mean win_rate.value?"]),
     ("seed", ["hydra.sweeper.sampler.seed=null"], ["seed"]),
-    ("foreign sampler", ["hydra.sweeper.sampler._target_=os.system"], ["os.system", "optuna.samplers"]),
+    ("foreign sampler", ["hydra.sweeper.sampler._target_=os.system"], ["os.system", "optuna."]),
     ("condition of nothing", ["+hydra.sweeper.when.beta={loss:[dpo]}"], ["when.beta", "is not searched"]),
     ("condition on nothing", ["+hydra.sweeper.when.alpha={lost:[dpo]}"], ["when.alpha.lost"]),
     ("no database", ["hydra.sweeper.storage=sqlite:///bad.db"], ["bad.db", "not a database"]),
