@@ -306,12 +306,10 @@ class Experiment:
         )
         from dppo.rates import Measured
 
-        require(
-            self.dry_run or isinstance(self.rates, Measured),
-            "rates",
-            type(self.rates).__name__.lower(),
-            "only a dry run reckons with a machine that is elsewhere: add dry_run=true, or drop rates",
-        )
+        if not self.dry_run and not isinstance(self.rates, Measured):
+            raise UserError(
+                "rates: only a dry run reckons with a machine that is elsewhere: add dry_run=true, or drop rates=..."
+            )
         require(len(self.objectives) > 0, "objectives", "[]", "name at least one path into result.json")
         if not self.phases:
             require(self.sft.train is not None, "sft.train", None, "without a preference phase nothing is trained")

@@ -316,7 +316,7 @@ def test_a_search_adds_up_device_hours(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("rates=a100",), "rates=assumed: only a dry run reckons with a machine that is elsewhere"),
+        (("rates=a100",), "rates: only a dry run reckons with a machine that is elsewhere: add dry_run=true"),
         (("rates=a100", "dry_run=true", "rates.n_devices=0"), "rates.n_devices=0: must be at least 1"),
         (("rates=a100", "dry_run=true", "rates.utilisation=40"), "rates.utilisation=40.0: must be in (0, 1]"),
         (("rates=a100", "dry_run=true", "rates.teraflops=0"), "rates.teraflops=0.0: must be > 0"),
