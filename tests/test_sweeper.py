@@ -91,6 +91,11 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
     ("unknown objective", ["objectives=[win_rate.valeu]"], ["Did you mean win_rate.value?"]),
     ("seed", ["hydra.sweeper.sampler.seed=null"], ["seed"]),
     ("foreign sampler", ["hydra.sweeper.sampler._target_=os.system"], ["os.system", "optuna."]),
+    (
+        "a choice in a choice",
+        ["train.n_examples=choice(5,sort(3,1))"],
+        ["train.n_examples=choice(5,sort(3,1))", "no further"],
+    ),
     ("condition of nothing", ["+hydra.sweeper.when.beta={loss:[dpo]}"], ["when.beta", "is not searched"]),
     ("condition on nothing", ["+hydra.sweeper.when.alpha={lost:[dpo]}"], ["when.alpha.lost"]),
     ("no database", ["hydra.sweeper.storage=sqlite:///bad.db"], ["bad.db", "not a database"]),
