@@ -99,10 +99,8 @@ _PACKAGES = ("torch", "transformers", "trl", "llama-cpp-python")
 
 def machine() -> dict[str, object]:
     """What the figures were measured on."""
-    processor = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
+    from dppo.results import processor
+
     versions = {}
     for package in _PACKAGES:
         try:
@@ -110,16 +108,12 @@ def machine() -> dict[str, object]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "processor": processor,
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **versions,
     }
-
-
-def _lines(file: str) -> list[str]:
-    return Path(file).read_text().splitlines() if Path(file).exists() else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:

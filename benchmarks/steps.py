@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -74,7 +75,6 @@ def gate(setting: Setting, rounds: int) -> list[Row]:
 
     from dppo.batches import collate
     from dppo.logps import ResponseScorer
-    from dppo.types import EncodedExample
 
     model = experiment(setting).model.load_model(0).train()
     scorer = ResponseScorer(model, "packed")
@@ -82,12 +82,7 @@ def gate(setting: Setting, rounds: int) -> list[Row]:
 
     def only(roles: Sequence[str], some: Sequence[EncodedExample]) -> list[EncodedExample]:
         return [
-            EncodedExample(
-                one.example_id,
-                one.prompt_id,
-                one.prompt_ids,
-                tuple(answer for answer in one.responses if answer.role in roles),
-            )
+            dataclasses.replace(one, responses=tuple(answer for answer in one.responses if answer.role in roles))
             for one in some
         ]
 

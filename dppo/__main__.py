@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dppo import config, startup
 from dppo.command_line import EXIT_FAILED, complain, explain_composition
-from dppo.errors import JobError, Pruned, UserError, lost_process
+from dppo.errors import JobError, Pruned, UserError, first_line, lost_process
 from dppo.processes import rank, world_size
 from dppo.stopping import Resumable, Stopped, on_request, raise_again, status
 
@@ -260,7 +260,7 @@ def _main() -> int:
         return complain(f"{error.filename}: {error.strerror}")
     except Exception as error:
         if _is_of_hydras_set_up(error):
-            return complain(f"{' '.join(typed)}: Hydra refuses the hydra.* settings ({config.first_line(error)})")
+            return complain(f"{' '.join(typed)}: Hydra refuses the hydra.* settings ({first_line(error)})")
         logging.getLogger("dppo").exception("this is a bug in dppo; please report it with the lines below")
         return EXIT_FAILED
     finally:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dppo.errors import UserError
+from dppo.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +68,7 @@ def check_compiler(device: str) -> None:
     try:
         torch.compile(doubled, backend=_BACKEND)(torch.ones(2, device=device))
     except Exception as error:  # whatever its back ends run into
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         hint = "install a C++ compiler (apt-get install g++)" if device == "cpu" else "see whether Triton is installed"
         raise UserError(
             f"train.compile=true: torch.compile fails on this machine ({reason}); {hint}, or choose train.compile=false"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from dppo import dotted
 from dppo.command_line import explain_composition
-from dppo.errors import UserError
+from dppo.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -481,11 +481,6 @@ def _unresolved(error: Exception) -> UserError:
     return UserError(f"{getattr(error, 'full_key', None) or 'configuration'}: {first_line(error)}")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or else its name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def from_words(words: Sequence[str]) -> Experiment:
     """The experiment that these words of a command line make; for commands that look at it without running it.
 
@@ -625,15 +620,13 @@ def _refuse_unread(raw: Mapping[str, Any], overrides: Sequence[str]) -> None:
 def _refuse_secrets(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Refuse a configuration that holds a secret of the environment: both are written to the run's files."""
     secrets = {name: value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8}
-    if not secrets:
-        return
+    texts = [*overrides, *_texts(values)] if secrets else []
     for name, secret in secrets.items():
-        for text in (*overrides, *_texts(values)):
-            if secret in text:  # which is not shown
-                raise UserError(
-                    f"a value of the configuration holds the secret in the environment variable {name}, and would be "
-                    "written to the run's files; drop it (keys are read from the environment where they are needed)"
-                )
+        if any(secret in text for text in texts):  # which is not shown
+            raise UserError(
+                f"a value of the configuration holds the secret in the environment variable {name}, and would be "
+                "written to the run's files; drop it (keys are read from the environment where they are needed)"
+            )
 
 
 def _texts(node: object) -> Iterator[str]:

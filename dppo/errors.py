@@ -32,6 +32,11 @@ def lost_process(error: BaseException) -> bool:
     return type(error).__name__.startswith("Dist") or (isinstance(error, RuntimeError) and closed)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or else its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine had no memory left; PyTorch says so in the text of a RuntimeError."""
     said = str(error).lower()

@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from dppo.errors import UserError
+from dppo.errors import UserError, first_line
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def typed_path(text: str) -> Path:
+    """A path as it was typed, with ``~`` for a home; unlike Path's own way that of an unknown user stays as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def local_folder(name: str, key: str) -> Path | None:
@@ -20,7 +25,7 @@ def local_folder(name: str, key: str) -> Path | None:
     A folder that exists wins over a repository of the same name. Raises UserError for a path to nothing, a path to
     a file, and what can be neither path nor repository.
     """
-    path = Path(os.path.expanduser(name))  # which, unlike Path, leaves the home of an unknown user as it is
+    path = typed_path(name)
     if path.is_dir():
         return path
     if path.is_file():
@@ -86,7 +91,7 @@ def _refuse(error: Exception, repository: str, kind: str, revision: str, key: st
 
 
 def _unreachable(repository: str, kind: str, key: str, error: Exception) -> UserError:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    said = first_line(error).rstrip(".")
     return UserError(
         f"{key}={repository}: the Hugging Face Hub cannot be reached ({said}) and this {kind} is not cached here; "
         f"check the connection and HF_HUB_OFFLINE, or give a local folder in the same layout ({key}=/path/to/folder)"

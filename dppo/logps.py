@@ -12,7 +12,6 @@ small batch that its way of computing gives the model's own numbers, and takes a
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from dppo.attention import (
 )
 from dppo.batches import collate
 from dppo.compiling import compile_layers, uncompiled
+from dppo.processes import rank
 from dppo.types import Batch, EncodedExample, EncodedResponse, ResponseLogps
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def _tolerance(model: PreTrainedModel) -> float:
 
 @cache
 def _warn_once(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # every process of a launcher comes to the same result
+    if rank() == 0:  # every process of a launcher comes to the same result
         logger.warning("%s", line)
 
 

@@ -294,6 +294,16 @@ def context_of(batch: Batch, mean_tokens: float, statistics: Tensor | None) -> L
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
+def scorer_for(
+    model: PreTrainedModel, settings: TrainSettings, device: torch.device, scorer_of: ScorerOf = ResponseScorer
+) -> ResponseScorer:
+    """A model that computes, in layout, attention and compiled layers, as training with these settings does."""
+    scorer = scorer_of(model, settings.packing, settings.kernel(device.type))
+    if settings.compile:
+        scorer.compile_layers()
+    return scorer
+
+
 def train(
     model: PreTrainedModel,
     objective: Objective,
@@ -325,9 +335,7 @@ def train(
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    scorer = scorer_of(model, settings.packing, settings.kernel(accelerator.device.type))
-    if settings.compile:
-        scorer.compile_layers()
+    scorer = scorer_for(model, settings, accelerator.device, scorer_of)
     prepared = sharding.prepare(accelerator, scorer, settings)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimiser = torch.optim.AdamW(

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkabl
 
 from dppo.config import require
 from dppo.digests import content_digest
-from dppo.errors import UserError
-from dppo.hub import local_folder, pinned_commit, snapshot
+from dppo.errors import UserError, first_line
+from dppo.hub import local_folder, pinned_commit, snapshot, typed_path
 from dppo.types import Json
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class PretrainedModel:
         if self.chat_template is None:
             return None
         try:
-            file = Path(os.path.expanduser(self.chat_template))
+            file = typed_path(self.chat_template)
             if file.exists() and not file.is_file():  # reading a pipe would wait for a writer
                 raise UserError(f"model.chat_template={self.chat_template}: is no file")
             return file.read_text(encoding="utf-8")
@@ -232,7 +232,7 @@ class GgufModel:
                     f"model.package={self.package}: is not installed; {self.install or 'install it with pip'}"
                 )
             folder = Path(found.origin).parent
-        file = folder / Path(os.path.expanduser(self.file))
+        file = folder / typed_path(self.file)
         if not file.is_file():
             there = ", ".join(sorted(other.name for other in file.parent.glob("*.gguf"))) or "no GGUF file"
             raise UserError(f"model.file={self.file}: there is no such file in {file.parent} (found {there})")
@@ -417,7 +417,7 @@ def _one_line_errors(name: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # the tokenizers library raises Exception itself
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         raise UserError(f"{name}: cannot be loaded: {said}") from error
 
 

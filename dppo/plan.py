@@ -242,9 +242,7 @@ class _Planner:
         self.makes.add(slot.fingerprint)
         done = checkpoint_step(slot.work)
         kind, scale = _kind(slot.stage, slot.stage, slot.inputs, self.model)
-        seconds, basis, device_seconds = self._seconds(
-            kind, (work - done) * scale, lambda rates, n_weights: reckon(rates, n_weights, work - done)
-        )
+        seconds, basis, device_seconds = self._seconds(kind, (work - done) * scale, self._reckoned(reckon, work - done))
         parts = [f"continues after step {done}"] if done else []
         parts += [basis] if basis else []
         found = self.past.size(kind)
@@ -259,20 +257,21 @@ class _Planner:
             Step(title, slot.stage, known, "build", work - done, unit, seconds, size_, told, memory(), device_seconds)
         )
 
-    def _seconds(
-        self, kind: _Kind, work: float, reckon: Callable[[Assumed, int], float]
-    ) -> tuple[float | None, str, float]:
+    def _reckoned(self, reckon: Callable[[Assumed, int, int], T], n_units: int) -> T | None:
+        """What rates make of so many units; None without rates, or where the number of weights is not known."""
+        return None if self.rates is None or self.n_weights is None else reckon(self.rates, self.n_weights, n_units)
+
+    def _seconds(self, kind: _Kind, work: float, reckoned: float | None) -> tuple[float | None, str, float]:
         """(estimate, what it is based on, the seconds of all devices if they are counted)."""
         rates = self.rates
         if rates is None:
             return *self.past.seconds(kind, work), 0.0
-        if self.n_weights is None:
+        if reckoned is None:
             return None, "the number of weights is not known", 0.0
-        seconds = reckon(rates, self.n_weights)
         if kind.stage == "scores":
             basis = f"{rates.responses_per_second:g} responses/s, {rates.reward_devices} devices of the reward's own"
-            return seconds, basis, seconds * (rates.n_devices + rates.reward_devices)
-        return seconds, str(rates), seconds * rates.n_devices
+            return reckoned, basis, reckoned * (rates.n_devices + rates.reward_devices)
+        return reckoned, str(rates), reckoned * rates.n_devices
 
     def store(
         self,
@@ -291,13 +290,12 @@ class _Planner:
             return
         self.makes.update(missing)
         kind, _ = _kind(store.stage, title, store.inputs, self.model)
-        seconds, basis, device_seconds = self._seconds(
-            kind, len(missing), lambda rates, n_weights: reckon(rates, n_weights, len(missing))[0]
-        )
+        own_seconds, own_bytes = self._reckoned(reckon, len(missing)) or (None, None)
+        seconds, basis, device_seconds = self._seconds(kind, len(missing), own_seconds)
         found = self.past.size(kind)
         size_ = None if found is None else round(found * len(missing))
-        if self.rates is not None and self.n_weights is not None:
-            size_ = round(reckon(self.rates, self.n_weights, len(missing))[1])
+        if own_bytes is not None:
+            size_ = round(own_bytes)
         self.steps.append(
             Step(
                 title,

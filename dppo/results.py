@@ -106,7 +106,7 @@ def versions() -> dict[str, Json]:
         "git": manifest.git_revision(),
         "machine": platform.machine(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": world_size(),
@@ -115,7 +115,7 @@ def versions() -> dict[str, Json]:
     }
 
 
-def _cpu() -> str:
+def processor() -> str:
     """The processor's name, as far as the system tells it."""
     with suppress(OSError):
         if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):

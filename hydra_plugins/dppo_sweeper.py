@@ -73,13 +73,14 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Search; ``arguments`` are the words of the command line, of which some are fixed and some searched."""
         from dppo.errors import UserError
+        from dppo.processes import world_size
         from dppo.search import report, summary, workers
         from dppo.search.pruners import pruner_from
         from dppo.search.runner import Runner, say
         from dppo.search.study import WORKER, open_study, reach
         from dppo.stopping import Resumable
 
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if world_size() > 1:
             raise UserError("hydra/sweeper=optuna: a search is one process, not several under torchrun")
         is_worker = WORKER in os.environ
         settings = self._settings(is_worker)

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -119,6 +120,14 @@ def no_handler_stays() -> Iterator[None]:
             # Those of pytest come and go with the phases of a test.
             if handler not in handlers and type(handler) in (logging.StreamHandler, logging.FileHandler):
                 logger.removeHandler(handler)
+
+
+@pytest.fixture
+def sigint_as_in_a_terminal() -> Iterator[None]:
+    """A shell that starts the tests in the background has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
 
 from dppo import compiling
 from dppo.batches import collate
 from dppo.compiling import check_compiler, compile_layers
 from dppo.errors import UserError
 from dppo.logps import ResponseScorer
+from dppo.loop import set_dropout
 from dppo.types import Batch, Role
 from tests.runs import run_small
 from tests.tiny_models import VOCABULARY, example, gpt2, llama, train_settings
@@ -65,9 +65,7 @@ def test_compiled_layers_give_the_same_log_probs_and_gradients_at_any_length(
     torch._dynamo.utils.counters.clear()
     models = [family(dtype=torch.float32).train(), family(dtype=torch.float32).train()]
     for model in models:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        set_dropout(model, 0.0)
     plain, fast = (ResponseScorer(model, "packed") for model in models)
     names = list(models[1].state_dict())
     fast.compile_layers()

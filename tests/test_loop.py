@@ -763,10 +763,7 @@ def test_a_copied_checkpoint_continues_as_if_nothing_had_happened(tmp_path: Path
     same(copied.weights, undisturbed.weights)
 
 
-def test_a_second_signal_acts_at_once(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    # A shell that starts the tests in the background has them ignore SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+def test_a_second_signal_acts_at_once(tmp_path: Path, sigint_as_in_a_terminal: None) -> None:
     run = Run(tmp_path, llama())
     run.on_log = lambda row: interrupt(signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

@@ -52,10 +52,7 @@ def test_what_must_not_be_cut_is_finished_first() -> None:
     go_on()  # outside of any block there is nothing to wait for
 
 
-def test_a_second_signal_acts_as_it_would_have(request: pytest.FixtureRequest) -> None:
-    # A shell that starts the tests in the background has them ignore SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+def test_a_second_signal_acts_as_it_would_have(sigint_as_in_a_terminal: None) -> None:
     with pytest.raises(KeyboardInterrupt) as stopped, on_request():
         wait()
         signal.raise_signal(signal.SIGINT)

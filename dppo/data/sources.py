@@ -6,7 +6,6 @@ What is read are files that were named or found by their names, never what a cac
 from __future__ import annotations
 
 import glob
-import os
 import tempfile
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from dppo.data.tables import ENDINGS
 from dppo.digests import content_digest
-from dppo.errors import UserError
-from dppo.hub import local_folder, pinned_commit, snapshot
+from dppo.errors import UserError, first_line
+from dppo.hub import local_folder, pinned_commit, snapshot, typed_path
 from dppo.types import Json, Split
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Files:
         return split == "train" or (split == "test" and self.test_path is not None)
 
     def files(self, split: Split) -> list[Path]:
-        return [Path(os.path.expanduser(self.where(split)))]
+        return [typed_path(self.where(split))]
 
     def where(self, split: Split) -> str:
         return self.test_path if split == "test" and self.test_path is not None else self.path
@@ -160,7 +159,7 @@ class Published:
         return {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}[split]
 
     def _file(self) -> Path | None:
-        path = Path(os.path.expanduser(self.path))
+        path = typed_path(self.path)
         return path if path.is_file() else None
 
     def _commit(self) -> str:
@@ -208,7 +207,7 @@ class Published:
                     rows = load_dataset(str(folder), self.config, split=name, cache_dir=own, token=False)
                     rows.to_parquet(str(started.directory / ROWS))
             except Exception as error:  # of many kinds, from a wrong README to a damaged file
-                said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                said = first_line(error)
                 raise UserError(f"{self.key}={self.path}: its split {name} cannot be read ({said})") from error
 
         return Path(slot.get_or_build(build).path) / ROWS

@@ -53,11 +53,11 @@ def part(directory: Path, place: int) -> StudyPart:
     try:
         if (directory / _SUMMARY).is_file():
             summary = (directory / _SUMMARY).read_text(encoding="utf-8")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         lines.append(f"{directory / _SUMMARY} can't be read: {error}")
     try:
         table = _trials(directory, anchor)
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         table = None
         lines.append(f"{directory / 'trials.csv'} can't be read: {error}")
     return StudyPart(directory.name, anchor, summary, tuple(figures), table, tuple(lines))

@@ -31,8 +31,8 @@ _RECORD, _SIDE = "dppo", "side:"
 INDEX, OWNER, COMMAND, ERROR, STATUS, ABANDONED = "index", "owner", "command", "error", "status", "abandoned"
 SEEDS, INTERVALS, WHY, INSTANCES, DEATHS = "seeds", "intervals", "why", "instances", "deaths"
 WORKER = "DPPO_WORKER"  # the variable that holds a worker process's number
-# A trial whose process was killed this often is not tried again.
 _LONGEST_NAME = 200  # bytes of a directory's name
+# A trial whose process was killed this often is not tried again.
 _MOST_DEATHS = 3
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dppo.artifacts import Damaged, Slot
 from dppo.errors import UserError
+from dppo.hub import typed_path
 from dppo.types import Artifact
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ def finished_slots(bench: Workbench, run: str, encoder: ChatEncoder) -> tuple[Sl
     Raises UserError if there is no complete run, if the cache has lost its models, or if they have another tokenizer
     or chat template than ``encoder``.
     """
-    path = Path(os.path.expanduser(run)) / "result.json"
+    path = typed_path(run) / "result.json"
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
             raise UserError(f"init_from={run}: its result.json is no file")

@@ -25,6 +25,7 @@ from dppo.loop import (
     ScorerOf,
     checkpoint_step,
     drop_damaged_checkpoints,
+    scorer_for,
     train,
 )
 from dppo.processes import broadcast
@@ -53,11 +54,8 @@ def autocast(bench: Workbench, precision: str) -> AbstractContextManager[Any]:
 
 
 def scorer_like(bench: Workbench, model: PreTrainedModel, settings: TrainSettings) -> ResponseScorer:
-    """A model that computes, in layout, attention and compiled layers, as the training whose log-probs it is beside."""
-    scorer = ResponseScorer(model, settings.packing, settings.kernel(bench.device.type))
-    if settings.compile:
-        scorer.compile_layers()
-    return scorer
+    """A model for log-probs that are compared with those of training with these settings."""
+    return scorer_for(model, settings, bench.device)
 
 
 def new_policy(bench: Workbench, model: Model, lora: LoraSettings | None, seed: int) -> PreTrainedModel:

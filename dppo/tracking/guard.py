@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+from dppo.errors import first_line
 from dppo.tracking import RunInfo, Silent, StageInfo, Status, Table, Tracker
 
 _log = logging.getLogger("dppo.tracking")
@@ -15,7 +16,7 @@ def guarded(what: str, consequence: str, call: Callable[[], None]) -> bool:
     try:
         call()
     except Exception as error:  # of a library, its processes, the network or the disk
-        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        reason = first_line(error)
         _log.warning("warning: %s: %s; %s", what, reason, consequence)
         return False
     return True

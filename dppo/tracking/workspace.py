@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dppo.errors import UserError
+from dppo.errors import UserError, first_line
 from dppo.tracking import STEP
 from dppo.tracking.weights_and_biases import bounded, plottable
 
@@ -136,7 +136,7 @@ def save(workspace: Any) -> str:
         workspace.entity = workspace.entity or str(wandb.Api(timeout=20).default_entity)
         bounded(workspace.save, _SAVING)
     except Exception as error:  # whatever the client and its transport raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"the workspace was not saved in {workspace.entity}/{workspace.project} ({reason}): the project must "
             "exist, so upload the study first: python -m dppo.sync"
