@@ -32,12 +32,13 @@ def main() -> None:
         value.grad = torch.ones_like(value)
     optimiser.step()
     optimiser.zero_grad()
+    accelerator = Accelerator(cpu=True)
     wrote, checked, loaded, size = [], [], [], 0
     with tempfile.TemporaryDirectory(dir=given.dir) as folder:
         place = Path(folder)
         for step in range(given.rounds):
             started = time.perf_counter()
-            loop._save(place, parameters, optimiser, loop._State(step=step), Accelerator(cpu=True))
+            loop._save(place, parameters, optimiser, loop._State(step=step), accelerator)
             saved = time.perf_counter()
             loop.drop_damaged_checkpoints(place)
             sound = time.perf_counter()
