@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -327,7 +328,6 @@ def train(
     this run's own; a checkpoint found there is continued, see ``drop_damaged_checkpoints``. Raises ``Interrupted``
     after a signal that asks for an end, ``Pruned`` where ``interim`` says so; both leave a checkpoint.
     """
-    torch.manual_seed(seed)
     torch.use_deterministic_algorithms(settings.deterministic)
     # Filling every new tensor before an operation writes its result there takes time and changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -369,18 +369,18 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = rate
             before = state.statistics
+            draws = seed_of_draws(seed, number, accelerator.process_index)
             last = number + 1 == steps
             logged = (number + 1) % settings.log_every == 0 or number == 0 or last
             evaluates = bool(
                 settings.evaluate_every and held_out and ((number + 1) % settings.evaluate_every == 0 or last)
             )
             try:
-                sums, state.statistics, tokens, bad = run.accumulate(batch, before, logged=logged)
+                sums, state.statistics, tokens, bad = run.accumulate(batch, before, draws, logged=logged)
             except (RuntimeError, MemoryError) as error:
-                draws = settings.dropout > 0 or (settings.lora is not None and settings.lora.dropout > 0)
                 alone = not sharding.shards(settings)  # without the other processes nothing can be put together
-                if main and alone and state.step and not draws and is_out_of_memory(error):
-                    # Model and optimiser are as the step before left them, and so is the generator.
+                if main and alone and state.step and is_out_of_memory(error):
+                    # Model and optimiser are as the step before left them.
                     optimiser.zero_grad(set_to_none=True)
                     with contextlib.suppress(RuntimeError, MemoryError, OSError):
                         _save(checkpoints, parameters, optimiser, state, accelerator)
@@ -388,7 +388,7 @@ def train(
             grad_norm, beside = math.nan, {}
             if not bad:
                 if evaluates and settings.penalty_gradient_ratio and isinstance(objective, PenalisedLoss):
-                    ratio = run.penalty_gradient_ratio(objective, batch, before, parameters)
+                    ratio = run.penalty_gradient_ratio(objective, batch, before, draws, parameters)
                     beside = {"train/penalty_gradient_ratio": ratio} if math.isfinite(ratio) else {}
                 grad_norm = run.step(optimiser, parameters, sums.weight)
             if bad or not math.isfinite(grad_norm):
@@ -480,13 +480,14 @@ class _Run:
         return batch, policy, reference, context_of(batch, mean_tokens, statistics)
 
     def accumulate(
-        self, examples: Sequence[EncodedExample], statistics: Tensor | None, *, logged: bool = True
+        self, examples: Sequence[EncodedExample], statistics: Tensor | None, draws: int, *, logged: bool = True
     ) -> tuple[Accumulated, Tensor | None, int, tuple[str, ...]]:
-        """Gradients of the summed loss over one optimiser batch.
+        """Gradients of the summed loss over one optimiser batch; ``draws`` seeds what dropout draws.
 
         Returns the sums, the new statistics, the tokens computed by all ranks, and the ids of the examples of the
         first micro-batch whose loss is not finite (empty if all are).
         """
+        torch.manual_seed(draws)
         mean_tokens = mean_chosen_tokens(examples)
         scope = _scope(self.objective)
         if statistics is not None and scope == "optimiser_batch":
@@ -543,17 +544,18 @@ class _Run:
         objective: PenalisedLoss,
         examples: Sequence[EncodedExample],
         statistics: Tensor | None,
+        draws: int,
         parameters: Mapping[str, nn.Parameter],
     ) -> float:
         """Norm of the penalty's gradient over that of the base's, on a batch whose whole gradients are there.
 
-        ``statistics`` is the state before that batch. Gradients are left as they were found.
+        ``statistics`` is the state before that batch, ``draws`` its seed. Gradients are left as they were found.
         """
         whole = {name: value.grad for name, value in parameters.items()}
         for value in parameters.values():
             value.grad = None
         base = dataclasses.replace(self, objective=dataclasses.replace(objective, alpha=0.0))
-        base.accumulate(examples, statistics, logged=False)
+        base.accumulate(examples, statistics, draws, logged=False)
         squares = torch.zeros(2, dtype=torch.float64)
         for name, value in parameters.items():
             ours, own = whole[name], value.grad
@@ -687,6 +689,16 @@ def computed_tokens(batch: Batch, packing: Literal["packed", "padded"]) -> int:
     return int(rows.max()) * len(rows)
 
 
+def seed_of_draws(seed: int, step: int, rank: int) -> int:
+    """The seed of what one process draws in one optimiser step.
+
+    As it follows from the step, a run that continues draws what it would have drawn, on any device and number of
+    processes, and no generator's state has to be kept.
+    """
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def set_dropout(model: nn.Module, probability: float) -> None:
     """Set every dropout of a model, modules and functional ones; 0 makes train and eval mode the same function.
 
@@ -818,11 +830,11 @@ def _save(
     state: _State,
     accelerator: Accelerator,
 ) -> None:
-    """One file with model, optimiser, statistics and generator state; the previous one goes after it is complete.
+    """One file with model, optimiser and statistics; the previous one goes after it is complete.
 
     The main process writes it, whole, so that any number of processes can go on from it; all enter.
     """
-    tensors: dict[str, Tensor] = {"generator": torch.get_rng_state()}
+    tensors: dict[str, Tensor] = {}
     for name, value in parameters.items():
         tensors[f"parameter.{name}"] = value
         for key, part in optimiser.state.get(value, {}).items():
@@ -830,8 +842,6 @@ def _save(
     tensors = sharding.whole_in_main(tensors, accelerator)
     if not accelerator.is_main_process:
         return
-    if torch.cuda.is_available():
-        tensors["generator_cuda"] = torch.cuda.get_rng_state()
     if state.statistics is not None:
         tensors["statistics"] = state.statistics
     metadata = {
@@ -879,9 +889,6 @@ def _restore(
                         key: part.to(value.device) if key == "step" else sharding.divided(part, value)
                         for key, part in found.items()
                     }
-        torch.set_rng_state(file.get_tensor("generator"))
-        if "generator_cuda" in names and torch.cuda.is_available():
-            torch.cuda.set_rng_state(file.get_tensor("generator_cuda"))
         if "statistics" in names:
             state.statistics = file.get_tensor("statistics")
     state.step = saved["step"]

@@ -1041,3 +1041,16 @@ def test_two_processes_train_as_one_does(scenario: str, two_processes: Path, tmp
         assert main[0]["outcome"]["example_ids"] == [two_ranks.BAD.example_id]
     else:
         assert main[0]["outcome"]["status"] == "complete"
+
+
+def test_two_processes_that_are_interrupted_draw_what_they_would_have_drawn(two_processes: Path) -> None:
+    """Each its own masks, and in every step those of the undisturbed run."""
+    whole, stopped = (
+        [load_file(two_processes / f"{name}-{rank}.safetensors") for rank in (0, 1)]
+        for name in ("dropout", "dropout_interrupted")
+    )
+    for found, expected in zip(stopped, whole, strict=True):
+        same(found, expected)
+    same(whole[0], whole[1])  # gradients as well: they are those of both
+    seeds = {loop.seed_of_draws(7, step, rank) for step in range(3) for rank in range(3)}
+    assert len(seeds) == 9 and max(seeds) < 2**63

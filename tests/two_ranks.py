@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dppo import loop
+from dppo.config import TrainSettings
 from dppo.errors import Pruned
 from dppo.logps import ResponseScorer
 from dppo.loop import Interim, Interrupted, Metrics, train
@@ -34,7 +35,7 @@ from dppo.losses.sft import SFT
 from dppo.sharding import whole
 from dppo.types import EncodedExample
 from tests.running_margin import RunningMargin
-from tests.tiny_models import gradients, grouped_llama, llama, pairs, stored, train_settings
+from tests.tiny_models import gpt2, gradients, grouped_llama, llama, pairs, stored, train_settings
 
 EXAMPLES = pairs(10)
 HELD_OUT = pairs(3, seed=1)  # an odd number: one rank gets a micro-batch that counts nothing
@@ -78,18 +79,35 @@ def run_diverged(accelerator: Accelerator, folder: Path, log: Callable[[Metrics]
 
 def run_interrupted(accelerator: Accelerator, folder: Path, log: Callable[[Metrics], None]) -> dict[str, Any]:
     """One process alone gets a signal after step 2; all stop, and all continue when the run is started again."""
+    return _interrupted(accelerator, folder, log, llama, train_settings(tokens_per_micro_batch=45))
 
+
+def run_dropout(accelerator: Accelerator, folder: Path, log: Callable[[Metrics], None]) -> dict[str, Any]:
+    settings = train_settings(tokens_per_micro_batch=45, dropout=0.3)
+    return _train(SFT(), accelerator, folder, log, gpt2(), settings=settings)
+
+
+def run_dropout_interrupted(accelerator: Accelerator, folder: Path, log: Callable[[Metrics], None]) -> dict[str, Any]:
+    return _interrupted(accelerator, folder, log, gpt2, train_settings(tokens_per_micro_batch=45, dropout=0.3))
+
+
+def _interrupted(
+    accelerator: Accelerator,
+    folder: Path,
+    log: Callable[[Metrics], None],
+    model: Callable[[], PreTrainedModel],
+    settings: TrainSettings,
+) -> dict[str, Any]:
     def stop(row: Metrics) -> None:
         log(row)
         if row["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    settings = train_settings(tokens_per_micro_batch=45)
     try:
-        _train(SFT(), accelerator, folder, stop, settings=settings)
+        _train(SFT(), accelerator, folder, stop, model(), settings=settings)
     except Interrupted:
         accelerator.wait_for_everyone()
-        return _train(SFT(), accelerator, folder, log, settings=settings)
+        return _train(SFT(), accelerator, folder, log, model(), settings=settings)
     raise AssertionError("the signal did not stop the run")
 
 
@@ -169,6 +187,8 @@ SCENARIOS: dict[str, Run] = {
     "interrupted": run_interrupted,
     "sharded": run_sharded,
 }
+# One process draws other masks than two, so that these have only each other to be compared with.
+WITH_DROPOUT: dict[str, Run] = {"dropout": run_dropout, "dropout_interrupted": run_dropout_interrupted}
 
 
 def _with_generated(pair: EncodedExample) -> EncodedExample:
@@ -230,7 +250,7 @@ def _is_part(value: Tensor) -> bool:
 def play(name: str, accelerator: Accelerator, folder: Path) -> None:
     """Run a scenario and write what this rank ended with."""
     rows: list[Metrics] = []
-    found = SCENARIOS[name](accelerator, folder / f"{name}-checkpoints", rows.append)
+    found = (SCENARIOS | WITH_DROPOUT)[name](accelerator, folder / f"{name}-checkpoints", rows.append)
     rank = accelerator.process_index
     save_file(found["tensors"], folder / f"{name}-{rank}.safetensors")
     assert len(set(found["divided"])) == 1, "all weights are divided, or none"
@@ -246,6 +266,6 @@ def play(name: str, accelerator: Accelerator, folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     processes = Accelerator(cpu=True)
-    for scenario in sys.argv[2:] or SCENARIOS:
+    for scenario in sys.argv[2:] or SCENARIOS | WITH_DROPOUT:
         play(scenario, processes, Path(sys.argv[1]))
     processes.end_training()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dppo.data.encoding import ChatEncoder
     from dppo.stages.workbench import Workbench
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dppo.models import Model
     from dppo.rewards import PairwiseReward, Reward
 
-VERSION = 1
+VERSION = 2
 MEASURED_VERSION = 1
 # The same held-out pairs whatever the seeds, so that reward models can be compared.
 _FIXED = 0

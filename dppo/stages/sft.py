@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dppo.models import Model
     from dppo.stages.workbench import Workbench
 
-VERSION = 2
+VERSION = 3
 
 
 def sft_slot(bench: Workbench, model: Model, dataset: Dataset, settings: SftSettings, encoder: ChatEncoder) -> Slot:
