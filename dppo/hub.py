@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -61,17 +62,34 @@ def _download(repository: str, kind: str, revision: str, patterns: Sequence[str]
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
-            repository,
-            repo_type=kind,
-            revision=revision,
-            allow_patterns=list(patterns),
-            ignore_patterns=["original/*", "consolidated*"],  # second copies of the weights in another format
-        )
+        with nullcontext() if patterns else _silent():
+            folder = snapshot_download(
+                repository,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=["original/*", "consolidated*"],  # second copies of the weights in another format
+            )
     except Exception as error:  # the client has changed its HTTP library before, so its errors share no class
         _refuse(error, repository, kind, revision, key)
         raise _unreachable(repository, kind, key, error) from error
     return Path(folder)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Where nothing is to be downloaded, neither a bar of no files nor a warning of no matches is news."""
+    from huggingface_hub import utils
+
+    level, bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
+    utils.logging.set_verbosity_error()
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(level)
+        if bars:
+            utils.enable_progress_bars()
 
 
 def _refuse(error: Exception, repository: str, kind: str, revision: str, key: str) -> None:

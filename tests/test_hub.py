@@ -6,12 +6,15 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,16 +53,28 @@ class Hub:
                 "data/other-00000-of-00001.parquet": b"never asked for",
             }
         self.downloaded: list[str] = []
+        self.drops: list[Literal["close", "reset"]] = []  # how the next downloads end, half of what is left of a file
+        self.sent_from: list[int] = []  # the byte that each download began at
 
 
 def serve(hub: Hub) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
+        def drop_half_way(self, body: bytes) -> None:
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            if hub.drops.pop(0) == "reset":  # without a farewell: the other side sees an error
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                os.close(self.connection.detach())
+
         def answer(self, status: int, body: bytes = b"{}", **headers: str) -> None:
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
-            if self.command != "HEAD":
+            if self.command == "GET" and "ETag" in headers and hub.drops:
+                self.drop_half_way(body)
+            elif self.command != "HEAD":
                 self.wfile.write(body)
 
         def do_GET(self) -> None:
@@ -86,8 +101,14 @@ def serve(hub: Hub) -> ThreadingHTTPServer:
             body = files[below[0]]
             if self.command == "GET":
                 hub.downloaded.append(f"{commit[0]}:{below[0]}")
-            etag = f'"{hashlib.sha1(body).hexdigest()}"'
-            return self.answer(200, body, ETag=etag, X_Repo_Commit=commit, X_Linked_Size=str(len(body)))
+            told = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X_Repo_Commit": commit}
+            told["X_Linked_Size"] = str(len(body))
+            begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+            if self.command == "GET":
+                hub.sent_from.append(begin)
+            if begin:
+                told["Content_Range"] = f"bytes {begin}-{len(body) - 1}/{len(body)}"
+            return self.answer(206 if begin else 200, body[begin:], **told)
 
         do_HEAD = do_GET
 
@@ -111,6 +132,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)  # it keeps whole chunks of a file
     yield hub
     server.shutdown()
     server.server_close()
@@ -173,6 +195,24 @@ def test_a_server_that_is_gone_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="cannot be reached") as caught:
         pinned_commit("we/chats", "dataset", "main", "dataset.path")
     assert "\n" not in str(caught.value)
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> None:
+    """At once where the server hung up; where the connection broke, one line, and finished files stay."""
+    body = parquet(" ".join(hashlib.sha256(bytes([number])).hexdigest() for number in range(250)))
+    hub.files["datasets/we/long"] = {FIRST: {"data/test.parquet": body, "data/train.parquet": body[::-1]}}
+    hub.drops = ["close"]
+    assert [file.read_bytes() for file in source("we/long").files("test")] == [body]
+    assert hub.sent_from[0] == 0 and hub.sent_from[1] > len(body) // 2 - 1024
+    hub.drops = ["close", "reset"]
+    with pytest.raises(UserError, match=r"^dataset\.path=we/long: .*cannot be reached") as caught:
+        source("we/long").files("train")
+    assert "\n" not in str(caught.value)
+    assert hub.drops == [] and not list((tmp_path / "hub").rglob("*.incomplete"))
+    hub.downloaded.clear()
+    assert [file.read_bytes() for file in source("we/long").files("test")] == [body]
+    assert [file.read_bytes() for file in source("we/long").files("train")] == [body[::-1]]
+    assert hub.downloaded == ["1:data/train.parquet"]
 
 
 def test_what_the_hub_refuses_is_one_line(hub: Hub) -> None:
