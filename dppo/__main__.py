@@ -379,23 +379,23 @@ def _search_space(sweeper: Any, overrides: Sequence[str]) -> list[str]:
 
 def _fixed(overrides: Sequence[str]) -> list[str]:
     """The words that are the same in every job."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [word for word, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
+    found = config.parsed(overrides)
+    return [word for word, one in zip(overrides, found, strict=True) if not one.is_sweep_override()]
 
 
 def _jobs(sweeper: Any, overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every job that Hydra's basic sweeper would launch, in its order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    parsed = config.parsed(overrides)
+    keys = [one.key_or_group for one in parsed if one.is_sweep_override()]
+    if twice := next((key for place, key in enumerate(keys) if key in keys[:place]), None):
+        raise UserError(f"{' '.join(overrides)}: {twice} is swept twice; keep one of the two")
     fixed = _fixed(overrides)
     if _is_search(sweeper):
         return []  # the sweeper checks its whole search space before its first trial
     if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return [fixed]
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
     values = {place: _values(item) for place, item in enumerate(parsed) if item.is_discrete_sweep()}
     n_jobs = math.prod(map(len, values.values()))
     if n_jobs > _MOST_JOBS:
@@ -416,9 +416,11 @@ def _jobs(sweeper: Any, overrides: Sequence[str]) -> list[list[str]]:
 
 def _values(swept: Override) -> list[str]:
     """The values of a swept key, as words. Raises UserError for none, and for more than jobs are ever started."""
-    from hydra.core.override_parser.types import Glob, RangeSweep
+    from hydra.core.override_parser.types import Glob, RangeSweep, Sweep
 
     word, value = swept.input_line, swept.value()
+    if any(isinstance(one, Sweep) for one in getattr(value, "list", None) or ()):
+        raise UserError(f"{word}: a choice holds values, no further choice, range, interval or sort")
     if isinstance(value, Glob):
         raise UserError(f"{word}: name the options one by one, such as {swept.key_or_group}=a,b")
     if isinstance(value, RangeSweep):

@@ -78,9 +78,8 @@ def explain_composition(error: Exception, overrides: Sequence[str], known: Itera
         hint = f" Did you mean {near[0]}?" if near else ""
         listed = f" Options: {', '.join(options)}" if options else " The group has no options yet"
         words = (override.lstrip("+") for override in overrides)
-        typed = next(
-            (word for word in words if re.fullmatch(rf"{group}(@[\w.]+)?={option}", word)), f"{group}={option}"
-        )
+        chosen = re.compile(rf"{re.escape(group)}(@[\w.]+)?={re.escape(option)}")
+        typed = next(filter(chosen.fullmatch, words), f"{group}={option}")
         return f"{typed}: there is no such option.{hint}{listed}"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]}: several values need a multirun: add -m (or --multirun) as the last word"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 import os
 import re
 import types
@@ -25,6 +26,7 @@ from dppo.command_line import explain_composition
 from dppo.errors import UserError, first_line
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
     from dppo.data import Dataset
@@ -423,6 +425,16 @@ def compose(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictC
         raise UserError(f"{' '.join(overrides)}: cannot be composed ({first_line(error)})") from None
 
 
+def parsed(overrides: Sequence[str]) -> list[Override]:
+    """The words as Hydra reads them. Raises Hydra's own exceptions, and UserError for numbers beyond reading."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except ValueError as error:
+        raise UserError(f"{' '.join(overrides)}: cannot be read ({first_line(error)})") from None
+
+
 def compose_checked(overrides: Sequence[str]) -> DictConfig:
     """The same, after a look at Hydra's own settings, which are then left out."""
     from omegaconf import open_dict
@@ -741,8 +753,9 @@ class _Door:
         fields = {str(key): entry for key, entry in value.items()}
         target = fields.pop("_target_", None)
         if target is None:
-            if not dataclasses.is_dataclass(annotation):
-                raise UserError(f"{path}: has no _target_; choose an option of the group, for instance in conf/{path}/")
+            if not dataclasses.is_dataclass(annotation) or inspect.isabstract(annotation):
+                group = "penalty" if path == "loss.penalty" else path.replace(".", "/")
+                raise UserError(f"{path}: has no _target_; choose an option of the group, those in conf/{group}/")
             return self.dataclass(annotation, fields, path)
         cls = self._locate(target, f"{path}._target_")
         built = self.dataclass(cls, fields, path)

@@ -96,6 +96,7 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
         ["train.n_examples=choice(5,sort(3,1))"],
         ["train.n_examples=choice(5,sort(3,1))", "no further"],
     ),
+    ("a key searched twice", ["train.n_examples=1,2", "train.n_examples=3,4"], ["train.n_examples is swept twice"]),
     ("condition of nothing", ["+hydra.sweeper.when.beta={loss:[dpo]}"], ["when.beta", "is not searched"]),
     ("condition on nothing", ["+hydra.sweeper.when.alpha={lost:[dpo]}"], ["when.alpha.lost"]),
     ("no database", ["hydra.sweeper.storage=sqlite:///bad.db"], ["bad.db", "not a database"]),

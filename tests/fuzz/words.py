@@ -61,7 +61,7 @@ WHOLE = [
     "+hydra.callbacks.x._target_=hydra.experimental.callbacks.PickleJobInfoCallback",
     "hydra.launcher._target_=os.system", "hydra.sweeper._target_=os.system", "hydra.job.chdir=true", "hydra.job.chdir=x",
     "hydra.output_subdir=null", "hydra.output_subdir=a/b", "hydra.output_subdir=",
-    "hydra.run.dir=", "hydra.run.dir=.", "hydra.run.dir=..", "hydra.run.dir=outputs/a/../b", "hydra.run.dir=pairs.jsonl",
+    "hydra.run.dir=", "hydra.run.dir=..", "hydra.run.dir=outputs/a/../b", "hydra.run.dir=pairs.jsonl",
     "hydra.run.dir=" + "x" * 300, "hydra.run.dir='outputs/é 💥'", "hydra.run.dir=outputs/${seed}", "hydra.run.dir=null",
     "hydra.run.dir=outputs/${oc.env:DPPO_NO_SUCH}", "hydra.run.dir=/proc/x", "hydra.sweep.dir=/proc/x", "hydra.verbose=true",
     "hydra.verbose=nope", "hydra.verbose=[nope]", "+hydra.job.env_set.OMP_NUM_THREADS=x", "+hydra.job.env_set.A=1",
