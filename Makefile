@@ -4,6 +4,9 @@ VENV ?= .venv
 JOBS ?= 2
 BIN = $(VENV)/bin
 
+# Images that forbid Python to keep compiled modules make every process compile all of transformers again: 11 s each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test test-all test-cluster lint bench
 
 run: $(VENV)/installed

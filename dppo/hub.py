@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -79,17 +80,22 @@ def _download(repository: str, kind: str, revision: str, patterns: Sequence[str]
 @contextmanager
 def _silent() -> Iterator[None]:
     """Where nothing is to be downloaded, neither a bar of no files nor a warning of no matches is news."""
-    from huggingface_hub import utils
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
-    level, bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
-    utils.logging.set_verbosity_error()
-    utils.disable_progress_bars()
+    said, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
+    level = said.level
+    said.setLevel(logging.ERROR)
+    disable_progress_bars()
     try:
         yield
     finally:
-        utils.logging.set_verbosity(level)
-        if bars:
-            utils.enable_progress_bars()
+        said.setLevel(level)
+        if shown:
+            enable_progress_bars()
 
 
 def _refuse(error: Exception, repository: str, kind: str, revision: str, key: str) -> None:
