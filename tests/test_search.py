@@ -24,6 +24,7 @@ from optuna.trial import TrialState
 
 from dppo.search import study as studies
 from tests.conftest import small
+from tests.memory_limits import n_killed, starving
 from tests.searches import until
 from tests.test_command_line import typed
 from tests.test_sweeper import counted, load, rows
@@ -48,6 +49,11 @@ def outcome(study: optuna.Study) -> list[Any]:
 
 def begun(directory: Path) -> int:
     return len(list(directory.glob("[0-9]*/config.yaml")))
+
+
+def logs(directory: Path) -> str:
+    """What the workers of a search have said."""
+    return "".join(path.read_text() for path in (directory / "workers").glob("*.log"))
 
 
 def test_a_pruned_search_killed_at_random_ends_as_an_undisturbed_one(
@@ -124,20 +130,24 @@ def test_three_workers_build_each_stage_once_and_one_that_is_killed_loses_only_i
             [sys.executable, "-m", "dppo", *words], cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT
         )
     directory = tmp_path / "outputs" / "sweeps" / "search"
-    until(lambda: begun(directory) >= 2, process)
+    # What the trials share is built by then: whatever was under way would be begun twice.
+    until(lambda: begun(directory) >= 2 and "build preference" in logs(directory), process)
     running = [trial for trial in load(tmp_path, "search").get_trials() if trial.state == TrialState.RUNNING]
     victim = running[0]
-    os.kill(victim.user_attrs[studies.OWNER]["pid"], signal.SIGKILL)
-    assert process.wait(timeout=240) == 0, log.read_text()
+    pid = victim.user_attrs[studies.OWNER]["pid"]
+    with starving(pid) as starved:  # the system kills it for want of memory, where we may say how much it has
+        if not starved:
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(timeout=240) == 0, log.read_text()
+        assert n_killed(pid) == starved
     study = load(tmp_path, "search")
     trials = counted(study)
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 6
     assert len({trial.params["train.learning_rate"] for trial in trials}) == 6
     abandoned = [trial for trial in study.get_trials() if studies.ABANDONED in trial.user_attrs]
     assert [trial.number for trial in abandoned] == [victim.number]
-    logs = "".join(path.read_text() for path in (directory / "workers").glob("*.log"))
-    for stage, first in {"sft": "sft", "reference": "reference"}.items():
-        assert logs.count(f"the first {first}") == 1, f"{stage} is built once"
+    for stage in ("sft", "reference"):
+        assert logs(directory).count(f"the first {stage}") == 1, f"{stage} is built once"
     assert len({trial.user_attrs[studies.OWNER]["pid"] for trial in trials}) > 1
     shown = log.read_text()
     assert "was killed by signal 9" in shown

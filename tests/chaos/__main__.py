@@ -81,7 +81,7 @@ def survive(
     undisturbed, expected = whole
     history = []
     left = chance.randint(1, most)
-    moments = strikes(chance, undisturbed, [SIGNALS[kind] for kind in kinds], counted=isinstance(starter, Fork))
+    moments = strikes(case, chance, undisturbed, [SIGNALS[kind] for kind in kinds], counted=isinstance(starter, Fork))
     while left:
         strike = next(moments)
         ended = run(starter, case, folder, strike, rows)
@@ -92,12 +92,12 @@ def survive(
             tally.signals[strike.signal.name] += 1
             if ended.place:
                 tally.places[ended.place] += 1
-        allowed = (-strike.signal,) if strike.signal == signal.SIGKILL else _STOPPED
+        allowed = (-strike.signal,) if strike.signal == signal.SIGKILL and not strike.worker else _STOPPED
         if (ended.struck and ended.status not in (*allowed, 0)) or (not ended.struck and ended.status != 0):
             tally.failures.append(f"{case.name}: status {ended.status} after {strike}\n{ended.log[-2000:]}")
         if "Traceback" in ended.log:
             tally.failures.append(f"{case.name}: a traceback after {strike}\n{ended.log[-3000:]}")
-        if ended.status == 0 and not ended.struck:
+        if ended.status == 0 and (strike.worker or not ended.struck):
             break
     else:
         ended = run(starter, case, folder, None, rows)

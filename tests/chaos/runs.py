@@ -11,15 +11,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.chaos.starter import OPERATIONS, STRUCK
 from tests.conftest import outside, small
 
 _TIMEOUT = 300.0
+_PRUNED = ("hydra.sweeper.pruner.n_startup_trials=2", "hydra.sweeper.sampler.n_startup_trials=2")
+# What a trial tries is decided by its index alone, so that several workers make the trials of one.
+_FREE = ("hydra/sweeper/sampler=random", "hydra/sweeper/pruner=none")
 _FREQUENT = ("sft.train.checkpoint_every=1", "train.checkpoint_every=2", "train.tokens_per_micro_batch=200")
 _INTERIM = ("evaluation.interim.n_points=2", "evaluation.interim.n_prompts=4")
 _ADAPTERS = ("train=lora", "train.lora.dropout=0.1", "train.save=best", "train.evaluate_every=2")
@@ -45,8 +50,6 @@ def _search(name: str, *words: str) -> Case:
         "hydra.sweeper.resume=true",
         f"hydra.sweeper.study_name={name}",
         "train.learning_rate=tag(log,interval(1e-4,1e-1))",
-        "hydra.sweeper.pruner.n_startup_trials=2",
-        "hydra.sweeper.sampler.n_startup_trials=2",
         "hydra.sweeper.max_failure_rate=0",
     ]
     return Case(name, ("-m", *fixed, *given), study=name)
@@ -70,13 +73,15 @@ CASES = {
             "reward.n_pairs=8",
             *_FREQUENT,
         ),
-        _search("search", "hydra.sweeper.n_trials=4", *_FREQUENT),
+        _search("search", "hydra.sweeper.n_trials=4", *_PRUNED, *_FREQUENT),
+        _search("workers", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=2", *_FREE, *_FREQUENT),
         _search(
             "replicated",
             "hydra.sweeper.n_trials=2",
             "hydra.sweeper.replicates=2",
             "hydra.sweeper.test_seeds=1",
             'hydra.sweeper.baselines=["loss=none"]',
+            *_PRUNED,
             *_FREQUENT,
         ),
     )
@@ -85,13 +90,17 @@ CASES = {
 
 @dataclass(frozen=True)
 class Strike:
-    """When a run is struck: before a change of a file, or some time after a stage's line in its log or its start."""
+    """When a run is struck: before a change of a file, or some time after a stage's line in its log or its start.
+
+    ``worker``: not the command itself but one of the processes that it has started.
+    """
 
     how: str  # operation | line | time
     signal: signal.Signals
     operation: int | None = None
     line: str = ""
     seconds: float = 0.0
+    worker: bool = False
 
 
 @dataclass
@@ -243,10 +252,19 @@ def run(
     if strike is not None and strike.operation is None:
         sent = _wait(log, strike, pid)
         if sent:
-            os.kill(pid, strike.signal)
+            sent = _strike(pid, strike)
     status = starter.status(pid)
     text = log.read_text(errors="replace")
     return Ended(status, text, sent or STRUCK in text, time.monotonic() - started)
+
+
+def _strike(pid: int, strike: Strike) -> bool:
+    """Send the signal; False if nobody was there to get it."""
+    with suppress(ProcessLookupError, psutil.NoSuchProcess, IndexError):
+        struck = psutil.Process(pid).children()[0].pid if strike.worker else pid
+        os.kill(struck, strike.signal)
+        return True
+    return False
 
 
 def _wait(log: Path, strike: Strike, pid: int) -> bool:
@@ -273,11 +291,23 @@ def _ended(pid: int) -> bool:
         return True
 
 
-def strikes(chance: random.Random, whole: Ended, kinds: list[signal.Signals], *, counted: bool) -> Iterator[Strike]:
-    """Moments to strike at, all stages and all changes of files alike; ``whole`` is how an undisturbed run went."""
+def strikes(
+    case: Case, chance: random.Random, whole: Ended, kinds: list[signal.Signals], *, counted: bool
+) -> Iterator[Strike]:
+    """Moments to strike at, all stages and all changes of files alike; ``whole`` is how an undisturbed run went.
+
+    Where a case has workers, two strikes are theirs: a trial whose third worker dies counts as failed.
+    """
+    ways = ["operation", "operation", "line", "time"] if counted else ["line", "line", "time"]
+    if not whole.lines:  # the stages are in the logs of workers
+        ways = [way if way != "line" else "time" for way in ways]
+    for_workers = [True, True] if "hydra.sweeper.n_jobs=2" in case.words else []
     while True:
+        if for_workers and chance.random() < 0.4:
+            yield Strike("time", signal.SIGKILL, seconds=chance.uniform(0.0, whole.seconds), worker=for_workers.pop())
+            continue
         number = chance.choice(kinds)
-        how = chance.choice(("operation", "operation", "line", "time") if counted else ("line", "line", "time"))
+        how = chance.choice(ways)
         if how == "operation":
             yield Strike(how, number, operation=chance.randint(1, max(1, whole.operations)))
         elif how == "line":
