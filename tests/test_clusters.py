@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run, outside
+from tests.conftest import Run, outside, small
 from tests.searches import files_with, free_port, pruning, states, until
 from tests.test_launchers import SECRET, STORAGE
 
@@ -154,6 +159,38 @@ def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         for server in reversed(servers):
             server.terminate()
             server.wait()
+
+
+@pytest.mark.skipif(_SLURMD is None or os.geteuid() != 0, reason="needs apt-get install slurm-wlm munge, and root")
+def test_slurm_warns_requeues_and_the_job_goes_on(slurm: None, tmp_path: Path) -> None:
+    """The batch script of docs/reliability.md; ``scancel --signal`` sends what Slurm sends before its time limit."""
+    page = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
+    script = next(block for block in re.findall(r"```text\n(.*?)```", page, re.DOTALL) if "scontrol requeue" in block)
+    frequent = ("sft.train.checkpoint_every=1", "train.checkpoint_every=1", "train.steps=300")
+    run = f"{sys.executable} -m dppo {shlex.join(small('loss=dpo', 'device=cpu', *frequent))} hydra.run.dir=mine"
+    given, n = re.subn(r"python -m dppo .*", run, script)
+    assert n == 1
+    (tmp_path / "job.sh").write_text(f"#!/bin/bash\n{given}")
+    done = subprocess.run(["sbatch", "--parsable", "job.sh"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    job, log = done.stdout.strip(), tmp_path / f"slurm-{done.stdout.strip()}.out"
+
+    def wait(reached: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < deadline, log.read_text() if log.exists() else state()
+            time.sleep(0.1)
+
+    def state() -> str:
+        return subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+
+    wait(lambda: bool(list(tmp_path.glob("outputs/cache/.work/preference-*/step-*"))))
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)
+    wait(lambda: "Restarts=1" in state())
+    wait(lambda: "JobState=COMPLETED" in state(), 300)  # Slurm begins a requeued job again after two minutes
+    said = log.read_text()
+    assert "Restarts=1" in state() and "interrupted: main stopped after step" in said
+    assert "main: continues after step" in said and "Traceback" not in said
+    assert json.loads((tmp_path / "mine" / "result.json").read_text())["status"] == "complete"
 
 
 @pytest.mark.skipif(_SLURMD is None or os.geteuid() != 0, reason="needs apt-get install slurm-wlm munge, and root")

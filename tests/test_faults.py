@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from dppo import cache as cache_command
+from dppo.artifacts.manifest import Manifest
 from dppo.data.encoding import ChatEncoder
 from dppo.stopping import Stopped, on_request
 from tests import disks
@@ -23,10 +24,12 @@ from tests.answered import answered, settings, write_model
 from tests.chaos.outcomes import cached, differences, directory, unsound
 from tests.chaos.runs import Case, Ended, forking, run
 from tests.conftest import once, small
+from tests.searches import start
 from tests.test_artifacts import flip
 from tests.test_command_line import is_one_line, typed
 
 WORDS = [*small("loss=unll", "alpha=0.1", "device=cpu", "sft.train.checkpoint_every=1", "train.checkpoint_every=2")]
+_FAKETIME = next(map(str, sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), "")
 _TRAINING = "cache/.work/preference-*/step-*.safetensors"
 
 
@@ -216,6 +219,46 @@ def test_files_of_another_time_and_locks_of_the_dead_hold_nobody_up(
     assert typed(monkeypatch, copy, *here(copy), "seed=1") == 0
     assert time.monotonic() - started < 60
     assert json.loads((copy / "run" / "result.json").read_text())["timings"]["total_seconds"] > 0
+
+
+@pytest.mark.skipif(not _FAKETIME, reason="needs apt-get install faketime")
+def test_a_clock_that_jumps_while_a_run_goes_on_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    """A year back in SFT, ten years forward in the preference phase, and back again: whoever asks gets that time."""
+    clock = tmp_path / "clock"
+    clock.write_text("+0d\n")
+    jumps = {"build sft": "-365d", "build preference": "+3650d", "build answers": "-1d"}
+    faked = {
+        "LD_PRELOAD": _FAKETIME,
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # nor does a real jump move it
+        "PYTHONUNBUFFERED": "1",
+    }
+    said = []
+    with start(tmp_path, *here(tmp_path), **faked) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            for stage in [stage for stage in jumps if line.startswith(stage)]:
+                clock.write_text(jumps.pop(stage) + "\n")
+    assert process.returncode == 0 and not jumps, "".join(said)
+    assert "Traceback" not in "".join(said)
+    years = {Manifest.read(path.parent).created[:4] for path in tmp_path.glob("cache/[a-z]*/*/manifest.json")}
+    assert len(years) >= 2, "it did jump"
+    assert all(value >= 0 for value in seconds(json.loads((tmp_path / "run" / "result.json").read_text())["timings"]))
+    is_whole(tmp_path, undisturbed)
+
+
+def seconds(timings: Any) -> Iterator[float]:
+    """Every duration, at any depth."""
+    if isinstance(timings, dict):
+        for key, value in timings.items():
+            if "seconds" in key and isinstance(value, int | float):
+                yield value
+            yield from seconds(value)
+    elif isinstance(timings, list):
+        for value in timings:
+            yield from seconds(value)
 
 
 @pytest.fixture
