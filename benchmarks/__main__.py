@@ -27,6 +27,7 @@ from pathlib import Path
 from benchmarks.against_trl import memory, trl
 from benchmarks.generation import generation
 from benchmarks.growth import growth
+from benchmarks.overhead import loop
 from benchmarks.rows import Row, alternate
 from benchmarks.setting import Setting
 from benchmarks.steps import compiled, gate, step
@@ -91,6 +92,7 @@ ON_A_MODEL: dict[str, Callable[[Setting, int], list[Row]]] = {
     "gate": gate,
     "generation": generation,
     "growth": growth,
+    "loop": loop,
     "trl": trl,
     "memory": memory,
 }
