@@ -27,6 +27,7 @@ from pathlib import Path
 from benchmarks.against_trl import memory, trl
 from benchmarks.generation import generation
 from benchmarks.growth import growth
+from benchmarks.overhead import loop
 from benchmarks.rows import Row, alternate
 from benchmarks.setting import Setting
 from benchmarks.steps import compiled, gate, step
@@ -91,6 +92,7 @@ ON_A_MODEL: dict[str, Callable[[Setting, int], list[Row]]] = {
     "gate": gate,
     "generation": generation,
     "growth": growth,
+    "loop": loop,
     "trl": trl,
     "memory": memory,
 }
@@ -122,16 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=None, help="where the rows are written")
-    parser.add_argument("--model", default="tiny", help="an option of the group model")
-    parser.add_argument("--pairs", type=Path, default=None, help="pairs in UltraFeedback's layout; else made up")
-    parser.add_argument("--max-length", type=int, default=160, help="tokens of a prompt and its longer answer")
-    parser.add_argument("--cache-dir", default="outputs/cache", help="where a converted model is kept")
+    Setting.add_options(parser)
     chosen = parser.parse_args(argv)
     # As python -m dppo does; whoever is measured in this process has it too.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     found = machine()
     print("  ".join(f"{key}={value}" for key, value in found.items()), flush=True)
-    setting = Setting(chosen.model, chosen.pairs, chosen.max_length, chosen.cache_dir)
+    setting = Setting.of(chosen)
     rows: list[Row] = []
     for name in chosen.only:
         made = HERE[name](chosen.rounds) if name in HERE else ON_A_MODEL[name](setting, chosen.rounds)
@@ -139,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_table(made), flush=True)
         rows += made
         if chosen.json is not None:  # after each part, so that an interruption loses one
-            written = {"machine": found, "arguments": vars(chosen), "rows": [asdict(row) for row in rows]}
-            chosen.json.write_text(json.dumps(written, indent=2, default=str))
+            written = {"machine": found, "arguments": vars(chosen), "setting": setting.words}
+            chosen.json.write_text(json.dumps(written | {"rows": [asdict(row) for row in rows]}, indent=2, default=str))
     return 0
 
 

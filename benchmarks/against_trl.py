@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import Row, Timing, compared, now, since
-from benchmarks.setting import BATCH_SIZE, SEED, Setting, encoder_of, experiment, in_order
+from benchmarks.setting import SEED, Setting, encoder_of, experiment, in_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ def _steps_in_turn(setting: Setting, name: str, rounds: int) -> tuple[dict[str, 
     from greenlet import greenlet
     from transformers import TrainerCallback
 
-    pairs = in_order(setting, BATCH_SIZE * (rounds + 1))
+    pairs = in_order(setting, setting.batch_size * (rounds + 1))
     series: dict[str, list[Timing]] = {}
     losses: dict[str, list[float]] = {}
     main = greenlet.getcurrent()
@@ -103,7 +103,7 @@ def _dppo_run(
     from dppo.config import compose, load
     from dppo.loop import train
 
-    words = [f"train.precision={precision}", "train.deterministic=false", f"train.batch_size={BATCH_SIZE}"]
+    words = [f"train.precision={precision}", "train.deterministic=false", f"train.batch_size={setting.batch_size}"]
     words += ["loss=dpo", "beta=0.1", "train.steps=null", "train.epochs=1", "train.learning_rate=1e-6"]
     words += ["train.schedule=constant", "train.warmup_ratio=0", "train.evaluate_every=null", "train.max_length=null"]
     words += ["train.log_every=1", "train.checkpoint_every=null"]
@@ -120,11 +120,11 @@ def _dppo_run(
             accelerator=Accelerator(cpu=True),
             log=step,
             checkpoints=Path(folder),
-            reference=_reference(model, encoded, precision),
+            reference=_reference(model, encoded, setting.batch_size, precision),
         )
 
 
-def _reference(model: PreTrainedModel, encoded: Sequence[EncodedExample], precision: str) -> Any:
+def _reference(model: PreTrainedModel, encoded: Sequence[EncodedExample], batch_size: int, precision: str) -> Any:
     """Log-probs of the answers under ``model`` as it is, as the reference stage stores them."""
     import torch
 
@@ -133,8 +133,8 @@ def _reference(model: PreTrainedModel, encoded: Sequence[EncodedExample], precis
 
     scorer = ResponseScorer(model, "packed")
     stored: dict[tuple[str, str], Any] = {}
-    for at in range(0, len(encoded), BATCH_SIZE):
-        batch = collate(encoded[at : at + BATCH_SIZE])
+    for at in range(0, len(encoded), batch_size):
+        batch = collate(encoded[at : at + batch_size])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             found = scorer(batch)
         stored.update(zip(batch.response_keys, found.tokens.split(found.lengths.tolist()), strict=True))
@@ -150,8 +150,9 @@ def _trl_trainer(setting: Setting, pairs: Sequence[PreferenceExample], name: str
     arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": 1,
-        "per_device_train_batch_size": BATCH_SIZE,
+        "per_device_train_batch_size": setting.batch_size,
         "train_sampling_strategy": "sequential",
+        "max_length": setting.max_length,  # its own default would cut longer pairs
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
         "use_cpu": True,
@@ -187,11 +188,8 @@ def memory(setting: Setting, rounds: int) -> list[Row]:
     del rounds  # the same every time
     found = {}
     for name in (*TRL, "dppo fp32", "dppo bf16"):
-        words = ["--memory-of", name, "--max-length", str(setting.max_length), "--cache-dir", setting.cache_dir]
-        words += ["--model", setting.model]
-        words += [] if setting.pairs is None else ["--pairs", str(setting.pairs)]
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.against_trl", *words],
+            [sys.executable, "-m", "benchmarks.against_trl", "--memory-of", name, *setting.options],
             capture_output=True,
             text=True,
             check=True,
@@ -219,7 +217,7 @@ def memory(setting: Setting, rounds: int) -> list[Row]:
 
 
 def _memory_of(setting: Setting, name: str) -> float:
-    pairs = in_order(setting, 3 * BATCH_SIZE)
+    pairs = in_order(setting, 3 * setting.batch_size)
     if name in TRL:
         import trl  # noqa: F401  its import is not a step
     import accelerate  # noqa: F401
@@ -243,12 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """One contender's memory, in a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.against_trl", description=__doc__)
     parser.add_argument("--memory-of", required=True, choices=[*TRL, "dppo fp32", "dppo bf16"])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--pairs", type=Path, default=None)
-    parser.add_argument("--max-length", type=int, required=True)
-    parser.add_argument("--cache-dir", required=True)
+    Setting.add_options(parser)
     chosen = parser.parse_args(argv)
-    print(_memory_of(Setting(chosen.model, chosen.pairs, chosen.max_length, chosen.cache_dir), chosen.memory_of))
+    print(_memory_of(Setting.of(chosen), chosen.memory_of))
     return 0
 
 

@@ -1,4 +1,8 @@
-"""Greedy answers against transformers' batched ``generate`` and, where it is installed, llama.cpp."""
+"""Greedy answers against transformers' batched ``generate`` and, where it is installed, llama.cpp.
+
+``CMAKE_ARGS="-DGGML_NATIVE=OFF" pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36`` compiles it
+with AVX2 and nothing newer, which decodes on an AMD EPYC; builds that crash in decoding have been seen.
+"""
 
 from __future__ import annotations
 
@@ -107,5 +111,9 @@ def _llama_cpp_runs(file: Path) -> bool:
     )
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, check=False)
     if done.returncode:
-        print(f"  llama.cpp is left out: decoding a token ended with status {done.returncode}", flush=True)
+        print(
+            f"  llama.cpp is left out: decoding a token ended with status {done.returncode}; compile it as "
+            "benchmarks/generation.py says",
+            flush=True,
+        )
     return done.returncode == 0

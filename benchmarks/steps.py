@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import Row, alternate, alternate_all, now, since
-from benchmarks.setting import BATCH_SIZE, Setting, examples, experiment, with_third
+from benchmarks.setting import Setting, examples, experiment, with_third
 
 if TYPE_CHECKING:
     from dppo.types import EncodedExample
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def step(setting: Setting, rounds: int) -> list[Row]:
     """Packed steps with stored reference log-probs against the padded step that runs its reference along.
 
-    A step is the loss, its gradient, clipping and AdamW on 4 examples; with three answers it is unlikelihood with a
+    A step is the loss, its gradient, clipping and AdamW; with three answers it is unlikelihood with a
     quadratic penalty, with two DPO. The note has the share of the machine's matrix multiplication that is reached.
     """
     from dppo.config import compose, load
@@ -32,7 +32,7 @@ def step(setting: Setting, rounds: int) -> list[Row]:
 
     for n_answers, words in ((2, ["loss=dpo"]), (3, ["loss=unll", "penalty=quadratic", "alpha=0.1"])):
         loss = load(compose(words), words).phases["main"].loss
-        pairs = examples(setting, BATCH_SIZE)
+        pairs = examples(setting, setting.batch_size)
         drawn = with_third(pairs) if n_answers == 3 else pairs
         naive = ("padded, with reference", _step(setting, drawn, loss, "padded", "fp32", stored=False))
         packed = [
@@ -53,7 +53,7 @@ def compiled(setting: Setting, rounds: int) -> list[Row]:
     from dppo.config import compose, load
 
     loss = load(compose(["loss=dpo"]), ["loss=dpo"]).phases["main"].loss
-    pairs = examples(setting, BATCH_SIZE)
+    pairs = examples(setting, setting.batch_size)
     rows = []
     for precision in ("fp32", "bf16"):
         plain = _step(setting, pairs, loss, "packed", precision, stored=True)
@@ -78,7 +78,7 @@ def gate(setting: Setting, rounds: int) -> list[Row]:
 
     model = experiment(setting).model.load_model(0).train()
     scorer = ResponseScorer(model, "packed")
-    whole = with_third(examples(setting, BATCH_SIZE))
+    whole = with_third(examples(setting, setting.batch_size))
 
     def only(roles: Sequence[str], some: Sequence[EncodedExample]) -> list[EncodedExample]:
         return [

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks import growth, overhead
 from benchmarks.__main__ import main
 from benchmarks.rows import alternate_all, compared
-from benchmarks.setting import Setting, examples, in_order, with_third
+from benchmarks.setting import Setting, examples, in_order, texts, with_third
 from benchmarks.steps import flops
 
 
@@ -49,6 +51,58 @@ def test_made_up_pairs_and_the_operations_of_a_step(tmp_path: Path) -> None:
     assert flops(setting, pairs) == expected
 
 
+def test_balanced_pairs_and_long_ones(tmp_path: Path) -> None:
+    """Of balanced pairs the shorter answer has nine tenths of the longer; made-up pairs grow with the limit."""
+    balanced = examples(Setting("tiny", None, 200, str(tmp_path), balanced=True), 8)
+    lengths = [sorted(len(one.token_ids) for one in pair.responses) for pair in balanced]
+    assert len(balanced) == 8 and all(10 * shorter >= 9 * longer for shorter, longer in lengths)
+    long = examples(Setting("tiny", None, 480, str(tmp_path)), 8)
+    assert 200 < max(len(pair.prompt_ids) + max(len(one.token_ids) for one in pair.responses) for pair in long) <= 480
+
+
+def test_a_setting_is_what_its_options_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that is absent is said, and pairs are made up; too few pairs end the run in one line."""
+    parser = argparse.ArgumentParser()
+    Setting.add_options(parser)
+    for setting in (Setting("tiny", tmp_path, 99, "cache", True, 2), Setting("smollm2_135m", None, 160, "cache")):
+        assert Setting.of(parser.parse_args(setting.options)) == setting
+    absent = tmp_path / "absent"
+    setting = Setting.of(parser.parse_args(["--pairs", str(absent), "--max-length", "5"]))
+    assert setting.pairs is None
+    assert f"--pairs {absent}: no such folder, pairs are made up instead" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0 such pairs, 1 are needed; raise --max-length"):
+        texts(setting, 1)
+
+
+def test_growth_has_a_row_for_each_size_and_times_equal_sizes_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: the prompt once for all answers when packed, once for each when padded."""
+    monkeypatch.setattr(growth, "_USUAL", {"prompt": 4, "answer": 4, "answers": 2})
+    monkeypatch.setattr(growth, "_SWEEPS", {"prompt": (4, 8), "answers": (2, 3)})
+    rows = growth.growth(Setting("tiny", None, 160, str(tmp_path), batch_size=1), 1)
+    assert [row.name for row in rows] == ["prompt 4, 2 x 4", "prompt 8, 2 x 4", "prompt 4, 2 x 4", "prompt 4, 3 x 4"]
+    told = [row.note.split("; ")[0] for row in rows]
+    tokens = [(12, 16), (16, 24), (12, 16), (16, 24)]
+    assert told == [f"{packed} and {padded} tokens an example" for packed, padded in tokens]
+    assert rows[0] == rows[2] and rows[0].note.endswith("1.00 of the usual step")
+
+
+def test_what_a_loop_takes_is_a_part_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both loops pass the same hooks: every step has an end, and less is outside than a whole step takes."""
+    monkeypatch.setattr(overhead, "_STEPS", 6)
+    monkeypatch.setattr(overhead, "_WARM_UP", 2)
+    setting = Setting("tiny", None, 120, str(tmp_path), batch_size=2)
+    drawn = examples(setting, 12)
+    for run in (overhead._dppo, overhead._trainer):
+        stopwatch = overhead._Stopwatch()
+        folder = tmp_path / run.__name__
+        folder.mkdir()
+        run(setting, drawn, None, stopwatch, folder)
+        assert len(stopwatch._marks) == 6 and not stopwatch._begun
+        assert 0 < stopwatch.outside()[0] < stopwatch.step()
+
+
 def test_the_table_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.json"
     assert main(["--only", "generation", "--rounds", "1", "--max-length", "120", "--json", str(file)]) == 0
@@ -58,4 +112,4 @@ def test_the_table_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     exact = rows["dppo fp32", "generate fp32"]
     assert "16 of 16 texts equal" in exact["note"]
     assert exact["ratio_median"] == pytest.approx(exact["second_median"] / exact["first_median"])
-    assert "generation: made-up pairs, at most 120 tokens" in capsys.readouterr().out
+    assert "generation: tiny, made-up pairs, at most 120 tokens, 4 a step" in capsys.readouterr().out
