@@ -50,9 +50,14 @@ _SILENT = (
 _planned: set[str] = set()
 
 
-@on_request()  # a launcher may run the job in a process of its own
 def run_job(composed: DictConfig) -> float | tuple[float, ...]:
     """One job of Hydra's: the values of ``objectives``, one as a float, several as a tuple; NaN for a dry run."""
+    # Within the job, because a launcher may run it in a process of its own. No decorator: launchers pickle the job.
+    with on_request():
+        return _run_job(composed)
+
+
+def _run_job(composed: DictConfig) -> float | tuple[float, ...]:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf

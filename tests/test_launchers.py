@@ -80,7 +80,6 @@ def test_no_job_outlives_a_search_that_is_stopped(tmp_path: Path) -> None:
     assert not [job for job in jobs if job.is_running() and job.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.slow
 def test_what_made_a_job_fail_comes_back(
     dppo: Run, tmp_path: Path, shared: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
