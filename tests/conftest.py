@@ -24,6 +24,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from dppo.config import CONF_DIR, SWEEPS_DIR
+from tests.forks import Forks, forking
 
 # A whole run in a second or two: a model of a few thousand parameters, a handful of examples, few resamples.
 SMALL = (
@@ -184,19 +185,19 @@ def sigint_as_in_a_terminal() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts commands that are not about their start, which is most of what a small run costs."""
+    with forking(outside()) as found:
+        yield found
+
+
 @pytest.fixture
-def dppo(tmp_path: Path) -> Run:
+def dppo(tmp_path: Path, forks: Forks) -> Run:
     """Run ``python -m dppo`` in an empty folder as a user would; returns the finished process."""
 
     def run(*arguments: str, timeout: float = 300, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "dppo", *arguments],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**outside(), "COLUMNS": "100"},
-        )
+        return forks.run("dppo", arguments, cwd=cwd, env={**outside(), "COLUMNS": "100"}, timeout=timeout)
 
     return run
 
