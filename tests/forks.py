@@ -8,6 +8,7 @@ A fork runs the module as ``python -m`` would, and ends as a process of its own 
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import re
@@ -182,9 +183,11 @@ def main() -> None:
 
     numpy.random.seed()  # noqa: NPY002 - a process of its own would not draw what its neighbours draw
     for number, name in enumerate(("stdin", "stdout", "stderr")):  # of what kind they are was seen at the start
-        old = getattr(sys, name)
-        how: dict[str, Any] = {"encoding": old.encoding, "errors": old.errors, "closefd": False}
-        stream = open(number, "w" if number else "r", 1 if number == 2 else -1, **how)  # noqa: SIM115
+        old: io.TextIOWrapper = getattr(sys, name)
+        at_once = old.write_through
+        binary = open(number, "wb" if number else "rb", 0 if at_once else -1, closefd=False)  # noqa: SIM115
+        by_line = not at_once and (number == 2 or binary.isatty())
+        stream = io.TextIOWrapper(binary, old.encoding, old.errors, line_buffering=by_line, write_through=at_once)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     os.environ.clear()
