@@ -25,8 +25,13 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parent.parent
-# What is read when it is needed. Other variables may have been read by an import: those of a fork came too early.
-_READ_LATE = re.compile(r"COLUMNS|DPPO_STORAGE|HF_TOKEN|HOME|NETRC|NO_COLOR|PYTEST_CURRENT_TEST|WANDB_\w+|\w+_API_KEY")
+# What is read when it is needed, as all that dppo sets itself. An import may have read other variables, and
+# those of a fork come too late.
+_READ_LATE = re.compile(
+    r"COLUMNS|DPPO_STORAGE|HF_TOKEN|HOME|NETRC|NO_COLOR|PYTEST_CURRENT_TEST|WANDB_\w+|\w+_API_KEY"
+    r"|CUBLAS_WORKSPACE_CONFIG|HYDRA_FULL_ERROR|RAYON_NUM_THREADS|THP_MEM_ALLOC_ENABLE|TOKENIZERS_PARALLELISM"
+    r"|TORCHINDUCTOR_CACHE_DIR"
+)
 _IMPORTED = ("accelerate", "transformers.models.llama.modeling_llama", "dppo.pipeline")
 
 
@@ -65,7 +70,7 @@ class Forks:
     def __init__(self, channel: socket.socket, environment: Mapping[str, str]) -> None:
         self._channel = channel
         self._answers = channel.makefile()
-        self._environment = _early(environment)
+        self.environment = environment
 
     def start(
         self,
@@ -78,7 +83,7 @@ class Forks:
         stderr: int = subprocess.DEVNULL,
     ) -> Forked | subprocess.Popen[bytes]:
         """``python -m module`` with these words, which reads nothing; in another environment it is no fork."""
-        if _early(env) != self._environment:
+        if _early(env) != _early(self.environment):
             command = [sys.executable, "-m", module, *words]
             nothing = subprocess.DEVNULL
             return subprocess.Popen(command, cwd=cwd, env=env, stdin=nothing, stdout=stdout, stderr=stderr)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import outside
 from tests.forks import Forked, Forks
 
 SHOWN = """
@@ -28,7 +27,7 @@ print("said", file=sys.stderr)
 @pytest.mark.parametrize("ending", ["", "sys.exit(3)", "sys.exit('told')", "os.abort()", "os.kill(os.getpid(), 15)"])
 def test_a_fork_sees_and_leaves_what_a_process_does(ending: str, forks: Forks, tmp_path: Path) -> None:
     (tmp_path / "shown.py").write_text(SHOWN.format(ending=ending))
-    environment = {**outside(), "SHOWN_API_KEY": "1"}
+    environment = {**forks.environment, "SHOWN_API_KEY": "1"}
     words = ["one two", "-x"]
     fork = forks.run("shown", words, cwd=tmp_path, env=environment, timeout=60)
     process = subprocess.run(
@@ -45,7 +44,7 @@ def test_a_fork_sees_and_leaves_what_a_process_does(ending: str, forks: Forks, t
 
 def test_an_exception_is_a_traceback(forks: Forks, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("raise KeyError('lost')\n")
-    done = forks.run("broken", [], cwd=tmp_path, env=outside(), timeout=60)
+    done = forks.run("broken", [], cwd=tmp_path, env=forks.environment, timeout=60)
     assert done.returncode == 1
     assert re.fullmatch(r"Traceback .*\nKeyError: 'lost'\n", done.stderr, re.DOTALL)
 
@@ -59,7 +58,7 @@ def test_forks_can_be_killed_and_draw_numbers_of_their_own(forks: Forks, tmp_pat
     drawn = []
     for number in range(2):
         with (tmp_path / str(number)).open("w+") as said:
-            running = forks.start("long", [], cwd=tmp_path, env=outside(), stdout=said.fileno())
+            running = forks.start("long", [], cwd=tmp_path, env=forks.environment, stdout=said.fileno())
             assert isinstance(running, Forked)
             until = time.monotonic() + 60
             while not (tmp_path / str(number)).read_text().endswith("\n"):
@@ -72,11 +71,11 @@ def test_forks_can_be_killed_and_draw_numbers_of_their_own(forks: Forks, tmp_pat
         assert running.wait(60) == -signal.SIGKILL
     assert len(set(drawn)) == 4
     with pytest.raises(subprocess.TimeoutExpired):
-        forks.run("long", [], cwd=tmp_path, env=outside(), timeout=0.2)
+        forks.run("long", [], cwd=tmp_path, env=forks.environment, timeout=0.2)
 
 
 def test_what_an_import_may_have_read_starts_a_process(forks: Forks, tmp_path: Path) -> None:
     (tmp_path / "threads.py").write_text("import os, sys; sys.exit('torch' in sys.modules)\n")
-    environment = {**outside(), "OMP_NUM_THREADS": "7"}
+    environment = {**forks.environment, "OMP_NUM_THREADS": "7"}
     assert forks.run("threads", [], cwd=tmp_path, env=environment, timeout=60).returncode == 0
-    assert forks.run("threads", [], cwd=tmp_path, env=outside(), timeout=60).returncode == 1
+    assert forks.run("threads", [], cwd=tmp_path, env=forks.environment, timeout=60).returncode == 1
