@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 import re
@@ -14,6 +15,16 @@ from typing import Any
 import pytest
 import yaml
 from filelock import FileLock
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaults_list
+from hydra.core.default_element import ResultDefault
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
+
+from dppo.config import CONF_DIR, SWEEPS_DIR
+from tests.forks import Forks, forking
 
 # A whole run in a second or two: a model of a few thousand parameters, a handful of examples, few resamples.
 SMALL = (
@@ -101,10 +112,54 @@ def remember_parsed(put: Callable[[Any, str, Any], None]) -> None:
     put(yaml, "load", remembered)
 
 
+def remember_merged(put: Callable[[Any, str, Any], None]) -> None:
+    """Merge the files of dppo and Hydra once a process for each choice of options: most words only set values.
+
+    Words are parsed, and values are set, each time.
+    """
+    merge = ConfigLoaderImpl._compose_config_from_defaults_list
+    ours = {str(CONF_DIR), str(SWEEPS_DIR), "hydra.conf", ""}
+    created: dict[tuple[Any, ...], DefaultsList] = {}
+    merged: dict[tuple[Any, ...], DictConfig] = {}
+
+    def sources(repo: IConfigRepository) -> tuple[tuple[str, str], ...] | None:
+        found = tuple((one.provider, one.path) for one in repo.get_sources())
+        return found if {path for _, path in found} <= ours else None  # files of a test may change
+
+    def create_once(
+        repo: IConfigRepository,
+        config_name: str | None,
+        overrides_list: list[Override],
+        prepend_hydra: bool,
+        skip_missing: bool,
+    ) -> DefaultsList:
+        values = Overrides(repo=repo, overrides_list=overrides_list).config_overrides
+        options = [one.input_line for one in overrides_list if one not in values and not one.is_sweep_override()]
+        key = (sources(repo), config_name, tuple(options), prepend_hydra, skip_missing)
+        found = created.get(key)
+        if found is None:
+            found = create_defaults_list(repo, config_name, overrides_list, prepend_hydra, skip_missing)
+            if key[0] is not None:
+                created[key] = found
+        return dataclasses.replace(found, config_overrides=values)
+
+    def merge_once(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        key = (sources(repo), *map(dataclasses.astuple, defaults))
+        if key[0] is None:
+            return merge(self, defaults, repo)
+        if key not in merged:
+            merged[key] = merge(self, defaults, repo)
+        return copy.deepcopy(merged[key])
+
+    put(config_loader_impl, "create_defaults_list", create_once)
+    put(ConfigLoaderImpl, "_compose_config_from_defaults_list", merge_once)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def parsed_once() -> Iterator[None]:
+def composed_quickly() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         remember_parsed(patch.setattr)
+        remember_merged(patch.setattr)
         yield
 
 
@@ -130,19 +185,19 @@ def sigint_as_in_a_terminal() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts commands that are not about their start, which is most of what a small run costs."""
+    with forking(outside()) as found:
+        yield found
+
+
 @pytest.fixture
-def dppo(tmp_path: Path) -> Run:
+def dppo(tmp_path: Path, forks: Forks) -> Run:
     """Run ``python -m dppo`` in an empty folder as a user would; returns the finished process."""
 
     def run(*arguments: str, timeout: float = 300, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "dppo", *arguments],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**outside(), "COLUMNS": "100"},
-        )
+        return forks.run("dppo", arguments, cwd=cwd, env={**outside(), "COLUMNS": "100"}, timeout=timeout)
 
     return run
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import small
+from tests.forks import Forked
 
 # The tiny SFT model's answers are empty. The first rate makes longer ones at once: the policy wins every comparison.
 # The others leave the policy as it is: every comparison is a tie, and the trial is below the median from the start.
@@ -85,7 +86,7 @@ def start(root: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def until(reached: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
+def until(reached: Callable[[], bool], process: subprocess.Popen[Any] | Forked) -> None:
     """Wait for what ``process`` does."""
     deadline = time.monotonic() + 120
     while not reached():

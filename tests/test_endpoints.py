@@ -10,7 +10,6 @@ import math
 import operator
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -29,11 +28,12 @@ from dppo.rewards.endpoints import Server
 from dppo.types import Message, Prompt
 from tests.conftest import outside, small
 from tests.endpoint_server import Served, completion, serve
+from tests.forks import Forks
 from tests.runs import run_small
 from tests.test_command_line import typed
 
 KEY = "sk-planted-0123456789"
-VARIABLE = "ENDPOINT_TEST_KEY"
+VARIABLE = "ENDPOINT_TEST_API_KEY"
 PROMPTS = [
     Prompt("p0", (Message("user", "Say hello."),)),
     Prompt("p1", (Message("system", "Be brief."), Message("user", "Name a bird."), Message("assistant", "Robin."),
@@ -423,7 +423,9 @@ def test_a_run_is_scored_by_an_endpoint_and_holds_no_key(
 
 
 @pytest.mark.parametrize("end", ["error", "kill"])
-def test_scores_that_were_obtained_are_never_asked_again(end: str, scorer: Served, tmp_path: Path) -> None:
+def test_scores_that_were_obtained_are_never_asked_again(
+    end: str, scorer: Served, forks: Forks, tmp_path: Path
+) -> None:
     """A run that dies of its endpoint, or by kill -9, after 80 answers; the same command then asks for the rest."""
     # The learning rate makes the policy's answers differ from the SFT model's: about twice as many as prompts.
     words = ["dataset.n_test=60", "evaluation.n_prompts=60", "train.steps=2", "loss=dpo", "train.learning_rate=0.05"]
@@ -437,13 +439,7 @@ def test_scores_that_were_obtained_are_never_asked_again(end: str, scorer: Serve
     else:
         scorer.delay = 0.005
         command = small(*words, "hydra.run.dir=run", f"cache.dir={tmp_path / 'cache'}", "device=cpu")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dppo", *command],
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**outside(), VARIABLE: KEY},
-        )
+        process = forks.start("dppo", command, cwd=tmp_path, env={**outside(), VARIABLE: KEY})
         while len(scorer.bodies) < 80:
             assert process.poll() is None
             time.sleep(0.005)

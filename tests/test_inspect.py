@@ -6,8 +6,6 @@ import os
 import pty
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from dppo.data.subsets import nested_subset
 from dppo.types import PreferenceExample, Split
 from tests.conftest import outside, small
 from tests.data.test_sources import Row, chat_row, chats, pair_row, preferences, write_jsonl
+from tests.forks import Forks
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "inspect.md").read_text()
 COMMANDS = [line.partition("  #")[0].strip() for line in PAGE.splitlines() if line.startswith("python -m dppo")]
@@ -205,14 +204,13 @@ def test_errors_are_one_line(words: list[str], message: str, capsys: Captured) -
 
 
 @pytest.mark.parametrize("no_color", [False, True])
-def test_colours_are_for_terminals_that_want_them(no_color: bool, tmp_path: Path) -> None:
+def test_colours_are_for_terminals_that_want_them(no_color: bool, forks: Forks, tmp_path: Path) -> None:
     """A real terminal: prompt, response and control tokens have three colours."""
     own, other = pty.openpty()
-    words = [sys.executable, "-m", "dppo.inspect", *small("loss=dpo", "sft=none"), "n=1"]
+    words = [*small("loss=dpo", "sft=none"), "n=1"]
     environment = {name: value for name, value in outside().items() if name != "NO_COLOR"}
-    done = subprocess.Popen(
-        words, cwd=tmp_path, stdout=other, env={**environment, **({"NO_COLOR": "1"} if no_color else {})}
-    )
+    environment |= {"NO_COLOR": "1"} if no_color else {}
+    done = forks.start("dppo.inspect", words, cwd=tmp_path, env=environment, stdout=other)
     os.close(other)
     output = b""
     try:

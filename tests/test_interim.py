@@ -7,8 +7,6 @@ import json
 import logging
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +26,7 @@ from dppo.losses.penalties import Expectile
 from dppo.models import load_saved
 from dppo.types import Json
 from tests.conftest import Run, small
+from tests.forks import Forks
 from tests.runs import Finished, run_pruned, run_small
 from tests.test_weights_and_biases import offline
 from tests.tiny_models import own_log_probs
@@ -338,19 +337,16 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path: Path)
     assert [row["step"] for row in found.metrics if "eval/loss" in row] == [0, 5, 8]
 
 
-def test_the_command_line_says_why_and_ends_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_says_why_and_ends_well(
+    forks: Forks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = small("loss=dpo", "device=cpu", f"cache.dir={tmp_path / 'cache'}")
     limit = [POINTS, "evaluation.interim.max_kl=1e-9", "tracking=wandb"]
     (tmp_path / "home").mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "dppo", *words, *limit, "hydra.run.dir=runs/pruned"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**kept, "HOME": str(tmp_path / "home")},
-    )
+    environment = {**kept, "HOME": str(tmp_path / "home")}
+    limited = [*words, *limit, "hydra.run.dir=runs/pruned"]
+    done = forks.run("dppo", limited, cwd=tmp_path, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     directory = tmp_path / "runs" / "pruned"

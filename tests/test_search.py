@@ -23,7 +23,8 @@ import yaml
 from optuna.trial import TrialState
 
 from dppo.search import study as studies
-from tests.conftest import small
+from tests.conftest import outside, small
+from tests.forks import Forks
 from tests.memory_limits import n_killed, starving
 from tests.searches import until
 from tests.test_command_line import typed
@@ -57,7 +58,7 @@ def logs(directory: Path) -> str:
 
 
 def test_a_pruned_search_killed_at_random_ends_as_an_undisturbed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     budget = "hydra.sweeper.n_trials=8"
     status, whole = typed(monkeypatch, tmp_path, *PRUNED, budget), capfd.readouterr()
@@ -82,9 +83,7 @@ def test_a_pruned_search_killed_at_random_ends_as_an_undisturbed_one(
     directory = tmp_path / "outputs" / "sweeps" / "other"
     for more in (1, 2):
         target = begun(directory) + more
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dppo", *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = forks.start("dppo", words, cwd=tmp_path, env=outside())
         until(lambda target=target: begun(directory) >= target, process)  # type: ignore[misc]
         time.sleep(chance.uniform(0, 0.8))
         process.send_signal(signal.SIGKILL)
@@ -120,15 +119,13 @@ def test_a_pruned_search_killed_at_random_ends_as_an_undisturbed_one(
 
 
 def test_three_workers_build_each_stage_once_and_one_that_is_killed_loses_only_its_trial(
-    tmp_path: Path,
+    forks: Forks, tmp_path: Path
 ) -> None:
     words = [*SEARCH, "loss=dpo", "train.learning_rate=tag(log,interval(1e-4,1e-1))", "hydra/sweeper/pruner=none"]
     words += ["hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3", 'hydra.sweeper.baselines=["loss=none"]']
     log = tmp_path / "log"
     with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dppo", *words], cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT
-        )
+        process = forks.start("dppo", words, cwd=tmp_path, env=outside(), stdout=file.fileno(), stderr=file.fileno())
     directory = tmp_path / "outputs" / "sweeps" / "search"
     # What the trials share is built by then: whatever was under way would be begun twice.
     until(lambda: begun(directory) >= 2 and "build preference" in logs(directory), process)

@@ -24,6 +24,7 @@ from dppo.search.summary import RECORD
 from dppo.tracking.uploads import sessions as found_sessions
 from dppo.tracking.weights_and_biases import lock_of
 from tests.conftest import once, small
+from tests.forks import Forks
 from tests.tracked_runs import Session, metrics, sessions
 from tests.wandb_server import Received, forget, serve
 
@@ -41,20 +42,13 @@ SEARCH = [
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outputs(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
     """The folder in which the search ran."""
 
     def build(root: Path) -> None:
         (root / "home").mkdir()
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
-        done = subprocess.run(
-            [sys.executable, "-m", "dppo", *SEARCH],
-            cwd=root,
-            env={**kept, "HOME": str(root / "home")},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = forks.run("dppo", SEARCH, cwd=root, env={**kept, "HOME": str(root / "home")}, timeout=300)
         assert done.returncode == 0, done.stderr
 
     return once(tmp_path_factory, "tracked-study", build)

@@ -17,6 +17,7 @@ from wandb.proto import wandb_internal_pb2  # noqa: TID251 - what W&B writes is 
 
 from dppo.results import final_scalars
 from tests.conftest import small
+from tests.forks import Forks
 
 KEY = "planted0123456789abcdef0123456789abcdef0"
 WORDS = (*small("loss=dpo"), "tracking=wandb", "hydra.run.dir=run", "cache.dir=cache")
@@ -40,16 +41,22 @@ def address() -> Iterator[Callable[[bool], str]]:
 
 
 @pytest.fixture
-def dppo(tmp_path: Path) -> Dppo:
+def dppo(tmp_path: Path, forks: Forks) -> Dppo:
     """Run ``python -m dppo`` with nothing of this machine's W&B account; the run must end within ``timeout``."""
     (tmp_path / "home").mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
 
-    def run(*words: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
-        env = {**kept, "HOME": str(tmp_path / "home"), **options.pop("env", {})}
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    def run(
+        *words: str, timeout: float = 120, env: dict[str, str], terminal: int | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        env = {**kept, "HOME": str(tmp_path / "home"), **env}
+        if terminal is None:
+            return forks.run("dppo", words, cwd=tmp_path, env=env, timeout=timeout)
         command = [sys.executable, "-m", "dppo", *words]
-        return subprocess.run(command, cwd=tmp_path, env=env, text=True, timeout=timeout, **streams)
+        pipe = subprocess.PIPE
+        return subprocess.run(
+            command, cwd=tmp_path, env=env, text=True, timeout=timeout, stdin=terminal, stdout=pipe, stderr=terminal
+        )
 
     return run
 
@@ -147,7 +154,7 @@ def test_online_asks_nothing_in_a_terminal(dppo: Dppo, address: Callable[[bool],
     ours, theirs = pty.openpty()
     try:
         # W&B asks where both of these are a terminal; what a run says there fits into the terminal's buffer.
-        done = dppo(*ONLINE, env={"WANDB_BASE_URL": address(False)}, stdin=theirs, stderr=theirs)
+        done = dppo(*ONLINE, env={"WANDB_BASE_URL": address(False)}, terminal=theirs)
         assert done.returncode == 0
         assert "this run is tracked offline" in done.stdout
     finally:

@@ -93,7 +93,8 @@ def test_a_split_is_made_once_and_identity_does_not_know_where(tmp_path: Path) -
     assert source(path, tmp_path / "cache").files("test") != [made]
 
 
-def _read(path: Path, cache: Path, answers: Any) -> None:
+def _read(path: Path, cache: Path, answers: Any, both: Any) -> None:
+    both.wait(120)
     answers.put((os.getpid(), words(source(path, cache)), str(source(path, cache).files("test")[0])))
 
 
@@ -101,13 +102,14 @@ def test_two_processes_at_once_make_one(tmp_path: Path) -> None:
     path = folder(tmp_path / "data", "x")
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    both = [context.Process(target=_read, args=(path, tmp_path / "cache", answers)) for _ in range(2)]
-    for process in both:
-        process.start()
-    found = [answers.get(timeout=120) for _ in both]
-    for process in both:
-        process.join(60)
-        assert process.exitcode == 0
+    given = (path, tmp_path / "cache", answers, context.Barrier(2))
+    process = context.Process(target=_read, args=given)
+    process.start()
+    _read(*given)
+    found = [answers.get(timeout=120) for _ in range(2)]
+    process.join(60)
+    assert process.exitcode == 0
+    assert found[0][0] != found[1][0]
     assert found[0][1:] == found[1][1:] == ([f"test x {n}" for n in range(3)], found[0][2])
     assert len(list((tmp_path / "cache" / "data").iterdir())) == 1
     assert not list((tmp_path / "cache" / ".building").iterdir())
