@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import Run, outside, small
@@ -200,3 +201,80 @@ def test_slurm(slurm: None, dppo: Run, tmp_path: Path) -> None:
     assert states(tmp_path) == ["complete", "pruned", "pruned", "pruned"], done.stdout + done.stderr
     jobs = subprocess.run(["scontrol", "show", "jobs", "--oneliner"], capture_output=True, text=True).stdout
     assert jobs.count("JobState=COMPLETED") == 4
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[tuple[str, list[str]]]]:
+    """Two hosts on one cable: the address of each, and the words before a command that runs there."""
+    names, addresses = [f"dppo{os.getpid()}{end}" for end in "ab"], ["10.77.0.1", "10.77.0.2"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for name, address in zip(names, addresses, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
+            for device in ("lo", "cable"):
+                ip("-n", name, "link", "set", device, "up")
+        yield [
+            (address, ["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=cable"])
+            for name, address in zip(names, addresses, strict=True)
+        ]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("ip") is None or os.geteuid() != 0, reason="needs apt-get install iproute2, and root")
+@pytest.mark.parametrize("divided", [[], ["train=fsdp"]], ids=["ddp", "fsdp"])
+def test_two_hosts_train_together_and_one_may_be_lost(
+    divided: list[str], two_hosts: list[tuple[str, list[str]]], dppo: Run, tmp_path: Path
+) -> None:
+    """As docs/clusters.md has it, over a network; one host is gone in the middle, and the same command goes on."""
+    words = small("loss=unll", "alpha=0.1", "device=cpu", "train.steps=200", "train.checkpoint_every=1")
+    assert dppo(*words, "hydra.run.dir=alone", "cache.dir=cache-alone").returncode == 0
+    run = ["-m", "dppo", *words, *divided, "hydra.run.dir=both", "cache.dir=cache-both"]
+    head = two_hosts[0][0]
+
+    def begin() -> list[subprocess.Popen[str]]:
+        launch = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d"]
+        launch += ["--rdzv_endpoint", f"{head}:29500", "--rdzv_id", "run", "--rdzv_conf"]
+        return [
+            subprocess.Popen(
+                # Both have the name of this machine, by which torchrun would find out who is the head.
+                [*inside, sys.executable, *launch, f"is_host={address == head}", "--local_addr", address, *run],
+                cwd=tmp_path,
+                env={**outside(), "OMP_NUM_THREADS": "1"},
+                stdout=(tmp_path / f"{address}.log").open("a"),
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            for address, inside in two_hosts
+        ]
+
+    def said() -> str:
+        return "".join(path.read_text() for path in tmp_path.glob("*.log"))
+
+    first, second = begin()
+    until(lambda: bool(list(tmp_path.glob("cache-both/.work/preference-*/step-*"))), first)
+    for process in [psutil.Process(second.pid), *psutil.Process(second.pid).children(recursive=True)]:
+        process.kill()
+    second.wait()
+    assert first.wait(timeout=120) != 0, said()
+    assert "another process of this run has ended" in said()
+    assert [process.wait(timeout=300) for process in begin()] == [0, 0], said()
+    assert "main: continues after step" in said()
+    result = json.loads((tmp_path / "both" / "result.json").read_text())
+    assert (result["status"], result["processes"]) == ("complete", 2)
+    losses = [
+        [row["train/loss"] for row in rows if "train/loss" in row]
+        for rows in (
+            [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+            for name in ("alone", "both")
+        )
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
