@@ -129,21 +129,22 @@ def forking(environment: Mapping[str, str]) -> Iterator[Forks]:
     """Commands start as forks of one process with this environment."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", "tests.forks", str(theirs.fileno())]
-    with (
-        ours,
-        subprocess.Popen(
-            command,
-            cwd=_ROOT,
-            env=environment,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the tests, which end this
-        ) as process,
-    ):
-        theirs.close()
+    with ours:
+        with theirs:
+            # Ends at once and leaves the server behind, as nobody's child: a search that is stopped in a test ends all
+            # children of its process. A session of its own, because Ctrl-C is for the tests, which end it.
+            subprocess.run(
+                command,
+                cwd=_ROOT,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                check=True,
+            )
         forks = Forks(ours, environment)
+        assert forks.heard()
         try:
-            assert forks.heard() == process.pid
             yield forks
         finally:
             ours.shutdown(socket.SHUT_RDWR)
@@ -177,6 +178,8 @@ def _serve(channel: socket.socket) -> dict[str, Any] | None:
 
 def main() -> None:
     """Import, fork, and in each fork run what is ordered."""
+    if os.fork():
+        os._exit(0)
     with socket.socket(fileno=int(sys.argv[1])) as channel:
         for name in _IMPORTED:
             importlib.import_module(name)
