@@ -26,15 +26,25 @@ TRL: dict[str, Mapping[str, Any]] = {
     "TRL default": {},
     "TRL best": {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
     "TRL best, fp32": {"bf16": False, "gradient_checkpointing": False, "precompute_ref_log_probs": True},
+    "TRL default, fp32": {"bf16": False},  # where bf16 is not measured
 }
+
+
+def _others(setting: Setting) -> list[str]:
+    with_bf16 = [name for name in TRL if name != "TRL default, fp32"]
+    return with_bf16 if "bf16" in setting.precisions else [name for name in TRL if name.endswith("fp32")]
+
+
+def _own(setting: Setting) -> list[str]:
+    return [f"dppo {precision}" for precision in setting.precisions]
 
 
 def trl(setting: Setting, rounds: int) -> list[Row]:
     """The steps of TRL's DPOTrainer and of dppo's loop, in turn, on the same batches of one training run each."""
     rows = []
-    for name in TRL:
+    for name in _others(setting):
         series, losses = _steps_in_turn(setting, name, rounds)
-        for label in ("dppo fp32", "dppo bf16"):
+        for label in _own(setting):
             worst = max(abs(a - b) / abs(b) for a, b in zip(losses[label], losses[name], strict=True))
             note = f"losses differ by at most {worst:.0e}"
             rows.append(compared("DPO step", (label, series[label]), (name, series[name]), note))
@@ -55,7 +65,7 @@ def _steps_in_turn(setting: Setting, name: str, rounds: int) -> tuple[dict[str, 
     losses: dict[str, list[float]] = {}
     main = greenlet.getcurrent()
     loops: list[greenlet] = []
-    for precision in ("fp32", "bf16"):
+    for precision in setting.precisions:
         label = f"dppo {precision}"
         losses[label], series[label] = [], []
         started: list[Timing] = []
@@ -187,7 +197,7 @@ def memory(setting: Setting, rounds: int) -> list[Row]:
     """How far three steps raise a fresh process above what it held before the model was loaded, MiB."""
     del rounds  # the same every time
     found = {}
-    for name in (*TRL, "dppo fp32", "dppo bf16"):
+    for name in (*_others(setting), *_own(setting)):
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.against_trl", "--memory-of", name, *setting.options],
             capture_output=True,
@@ -211,8 +221,8 @@ def memory(setting: Setting, rounds: int) -> list[Row]:
             rounds=1,
             unit="MiB",
         )
-        for own in ("dppo fp32", "dppo bf16")
-        for name in TRL
+        for own in _own(setting)
+        for name in _others(setting)
     ]
 
 

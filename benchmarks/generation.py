@@ -88,12 +88,12 @@ def generation(setting: Setting, rounds: int, n_prompts: int = 16, n_new: int = 
 
         return run
 
-    others = [(f"generate {precision}", theirs(precision)) for precision in ("fp32", "bf16")]
+    others = [(f"generate {precision}", theirs(precision)) for precision in setting.precisions]
     source = getattr(experiment(setting).model, "_source", None)  # a model from a GGUF file
     if source is not None and importlib.util.find_spec("llama_cpp") is not None and _llama_cpp_runs(source()):
         others.append(("llama.cpp", one_by_one(source())))
     rows = []
-    firsts = [(f"dppo {precision}", ours(precision)) for precision in ("fp32", "bf16")]
+    firsts = [(f"dppo {precision}", ours(precision)) for precision in setting.precisions]
     for other_way in others:
         for row in alternate_all(f"{n_prompts} answers of {n_new}", firsts, other_way, rounds):
             own, other = told[row.first.split()[-1]], told[row.second]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dppo.types import EncodedExample, PreferenceExample
 
 BATCH_SIZE = 4
+PRECISIONS = ("fp32", "bf16")
 SEED = 0
 BALANCED = 0.9  # of the longer answer's tokens the shorter one has at least
 _CHUNK = 64  # pairs that are tokenised at once while some are looked for
@@ -27,8 +28,8 @@ _WORDS = "the of to and a in is it you that he was for on are with as his they b
 @dataclass(frozen=True)
 class Setting:
     """What is measured on: an option of the group model, a folder of pairs in UltraFeedback's layout (None: made up),
-    the most tokens of a prompt and its longer answer, whether only pairs of similar answers are taken, and how many
-    pairs a step has.
+    the most tokens of a prompt and its longer answer, whether only pairs of similar answers are taken, how many
+    pairs a step has, and in which precisions ``trl``, ``memory``, ``step`` and ``generation`` compute.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Setting:
     cache_dir: str
     balanced: bool = False
     batch_size: int = BATCH_SIZE
+    precisions: tuple[str, ...] = PRECISIONS
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +55,13 @@ class Setting:
             help=f"only pairs whose shorter answer has at least {BALANCED:g} of the longer one's tokens",
         )
         parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="pairs of a step (%(default)s)")
+        parser.add_argument(
+            "--precision",
+            action="append",
+            choices=PRECISIONS,
+            help="what steps and answers are computed in; repeat (both). A processor without AVX512-BF16 or AMX takes "
+            "many times as long for bf16",
+        )
         parser.add_argument("--cache-dir", default="outputs/cache", help="where a converted model is kept")
 
     @classmethod
@@ -62,13 +71,15 @@ class Setting:
         if pairs is not None and not pairs.is_dir():
             print(f"--pairs {pairs}: no such folder, pairs are made up instead", file=sys.stderr, flush=True)
             pairs = None
-        return cls(given.model, pairs, given.max_length, given.cache_dir, given.balanced, given.batch_size)
+        precisions = tuple(one for one in PRECISIONS if one in (given.precision or PRECISIONS))
+        return cls(given.model, pairs, given.max_length, given.cache_dir, given.balanced, given.batch_size, precisions)
 
     @property
     def options(self) -> list[str]:
         """The options that say this, for another process."""
         found = ["--model", self.model, "--max-length", str(self.max_length), "--cache-dir", self.cache_dir]
         found += ["--batch-size", str(self.batch_size)]
+        found += [word for one in self.precisions for word in ("--precision", one)]
         found += [] if self.pairs is None else ["--pairs", str(self.pairs)]
         return found + ["--balanced"] * self.balanced
 

@@ -37,7 +37,7 @@ def step(setting: Setting, rounds: int) -> list[Row]:
         naive = ("padded, with reference", _step(setting, drawn, loss, "padded", "fp32", stored=False))
         packed = [
             (f"packed {precision}", _step(setting, drawn, loss, "packed", precision, stored=True))
-            for precision in ("fp32", "bf16")
+            for precision in setting.precisions
         ]
         peaks.clear()
         for row in alternate_all(f"step, {n_answers} answers", [*packed, ("peak", measure)], naive, rounds)[:-1]:
@@ -55,7 +55,7 @@ def compiled(setting: Setting, rounds: int) -> list[Row]:
     loss = load(compose(["loss=dpo"]), ["loss=dpo"]).phases["main"].loss
     pairs = examples(setting, setting.batch_size)
     rows = []
-    for precision in ("fp32", "bf16"):
+    for precision in setting.precisions:
         plain = _step(setting, pairs, loss, "packed", precision, stored=True)
         fast = _step(setting, pairs, loss, "packed", precision, stored=True, compiles=True)
         before = now()

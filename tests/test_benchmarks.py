@@ -64,7 +64,8 @@ def test_a_setting_is_what_its_options_say(tmp_path: Path, capsys: pytest.Captur
     """A folder that is absent is said, and pairs are made up; too few pairs end the run in one line."""
     parser = argparse.ArgumentParser()
     Setting.add_options(parser)
-    for setting in (Setting("tiny", tmp_path, 99, "cache", True, 2), Setting("smollm2_135m", None, 160, "cache")):
+    chosen = Setting("tiny", tmp_path, 99, "cache", True, 2, ("fp32",))
+    for setting in (chosen, Setting("smollm2_135m", None, 160, "cache")):
         assert Setting.of(parser.parse_args(setting.options)) == setting
     absent = tmp_path / "absent"
     setting = Setting.of(parser.parse_args(["--pairs", str(absent), "--max-length", "5"]))
