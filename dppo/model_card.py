@@ -11,7 +11,7 @@ import yaml
 
 from dppo.config import shown
 from dppo.dotted import leaves
-from dppo.errors import UserError
+from dppo.errors import UserError, first_line
 from dppo.evaluation.runs import Run
 from dppo.hub import local_folder
 from dppo.methods import docstring
@@ -24,8 +24,19 @@ _PRECISION = "95 % intervals over prompts"
 def model_card(run: Run, who: Who, name: str) -> str:
     """README.md of the policy or the SFT model (``reference``) of a complete run.
 
-    Licence and languages are not known to a run: the licence is said to be unknown, for the user to replace.
+    Licence and languages are not known to a run: the licence is said to be unknown, for the user to replace. Raises
+    UserError if what the run recorded is not what a run writes.
     """
+    try:
+        return _card(run, who, name)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{run.path}: its result.json or config.yaml is not as a run writes it ({type(error).__name__}: "
+            f"{first_line(error)}); run it again"
+        ) from None
+
+
+def _card(run: Run, who: Who, name: str) -> str:
     phases = _phases(run.settings) if who == "policy" else []
     sections = [
         _front_matter(run, who, name, [loss for _, loss, _ in phases]),

@@ -271,6 +271,18 @@ def test_only_complete_runs_are_exported(own: Path, capsys: Captured) -> None:
     assert "has no model to export, it is unfinished" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("count", ["</s>", None, [1]])
+def test_a_result_that_was_changed_is_one_line_and_leaves_nothing(count: object, own: Path, capsys: Captured) -> None:
+    result = json.loads((own / "result.json").read_text())
+    result["training"]["main"]["n_examples"] = count
+    (own / "result.json").write_text(json.dumps(result))
+    before = sorted(Path().iterdir())
+    assert export.main([str(own), "--model", "a"]) == 2
+    said = capsys.readouterr().err
+    assert "outputs/mine: its result.json or config.yaml is not as a run writes it" in said and said.count("\n") == 1
+    assert sorted(Path().iterdir()) == before
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_of_the_page_runs(line: str, own: Path, capsys: Captured) -> None:
     write_questions()
