@@ -361,7 +361,7 @@ def _is_search(sweeper: Any) -> bool:
 
 def _sweeper(overrides: Sequence[str]) -> Any:
     """The composed ``hydra.sweeper``. Raises UserError if Hydra's settings name a class that may not be built."""
-    composed = config.compose(_fixed(overrides), with_hydra=True)
+    composed = config.compose(_fixed(config.parsed(overrides)), with_hydra=True)
     config.check_hydra(composed)
     return composed.hydra.sweeper
 
@@ -382,10 +382,9 @@ def _search_space(sweeper: Any, overrides: Sequence[str]) -> list[str]:
     return [*preset, "hydra.sweeper.params=null"]
 
 
-def _fixed(overrides: Sequence[str]) -> list[str]:
+def _fixed(parsed: Sequence[Override]) -> list[str]:
     """The words that are the same in every job."""
-    found = config.parsed(overrides)
-    return [word for word, one in zip(overrides, found, strict=True) if not one.is_sweep_override()]
+    return [str(one.input_line) for one in parsed if not one.is_sweep_override()]
 
 
 def _jobs(sweeper: Any, overrides: Sequence[str]) -> list[list[str]]:
@@ -396,7 +395,7 @@ def _jobs(sweeper: Any, overrides: Sequence[str]) -> list[list[str]]:
     keys = [one.key_or_group for one in parsed if one.is_sweep_override()]
     if twice := next((key for place, key in enumerate(keys) if key in keys[:place]), None):
         raise UserError(f"{' '.join(overrides)}: {twice} is swept twice; keep one of the two")
-    fixed = _fixed(overrides)
+    fixed = _fixed(parsed)
     if _is_search(sweeper):
         return []  # the sweeper checks its whole search space before its first trial
     if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
@@ -421,11 +420,10 @@ def _jobs(sweeper: Any, overrides: Sequence[str]) -> list[list[str]]:
 
 def _values(swept: Override) -> list[str]:
     """The values of a swept key, as words. Raises UserError for none, and for more than jobs are ever started."""
-    from hydra.core.override_parser.types import Glob, RangeSweep, Sweep
+    from hydra.core.override_parser.types import Glob, RangeSweep
 
     word, value = swept.input_line, swept.value()
-    if any(isinstance(one, Sweep) for one in getattr(value, "list", None) or ()):
-        raise UserError(f"{word}: a choice holds values, no further choice, range, interval or sort")
+    config.refuse_nested(swept)
     if isinstance(value, Glob):
         raise UserError(f"{word}: name the options one by one, such as {swept.key_or_group}=a,b")
     if isinstance(value, RangeSweep):

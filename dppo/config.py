@@ -435,6 +435,14 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
         raise UserError(f"{' '.join(overrides)}: cannot be read ({first_line(error)})") from None
 
 
+def refuse_nested(swept: Override) -> None:
+    """Raise UserError for a choice among choices or ranges, which no sweeper can list."""
+    from hydra.core.override_parser.types import Sweep
+
+    if any(isinstance(one, Sweep) for one in getattr(swept.value(), "list", None) or ()):
+        raise UserError(f"{swept.input_line}: a choice holds values, no further choice, range, interval or sort")
+
+
 def compose_checked(overrides: Sequence[str]) -> DictConfig:
     """The same, after a look at Hydra's own settings, which are then left out."""
     from omegaconf import open_dict

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +46,8 @@ def pinned_commit(repository: str, kind: Literal["model", "dataset"], revision: 
     if _COMMIT.fullmatch(revision):
         return revision
     # Downloads no file: it records where the branch points, and reads that record without a connection.
-    return _download(repository, kind, revision, [], key).name
+    with _silent():
+        return _download(repository, kind, revision, [], key).name
 
 
 def snapshot(
@@ -63,14 +64,13 @@ def _download(repository: str, kind: str, revision: str, patterns: Sequence[str]
     from huggingface_hub import snapshot_download
 
     try:
-        with nullcontext() if patterns else _silent():
-            folder = snapshot_download(
-                repository,
-                repo_type=kind,
-                revision=revision,
-                allow_patterns=list(patterns),
-                ignore_patterns=["original/*", "consolidated*"],  # second copies of the weights in another format
-            )
+        folder = snapshot_download(
+            repository,
+            repo_type=kind,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["original/*", "consolidated*"],  # second copies of the weights in another format
+        )
     except Exception as error:  # the client has changed its HTTP library before, so its errors share no class
         _refuse(error, repository, kind, revision, key)
         raise _unreachable(repository, kind, key, error) from error

@@ -574,10 +574,10 @@ def _parameter(override: Override) -> Parameter:
         ChoiceSweep,
         IntervalSweep,
         RangeSweep,
-        Sweep,
         Transformer,
     )
 
+    from dppo import config
     from dppo.errors import UserError
     from dppo.search.space import Parameter
 
@@ -618,8 +618,7 @@ def _parameter(override: Override) -> Parameter:
         low, high = sorted((sweep.start, last))
         return Parameter(name, "int" if whole else "float", low=low, high=high, step=abs(sweep.step), prefix=prefix)
     assert isinstance(sweep, ChoiceSweep) or override.is_choice_sweep()
-    if any(isinstance(one, Sweep) for one in getattr(sweep, "list", None) or ()):
-        raise UserError(f"{override.input_line}: a choice holds values, no further choice, range, interval or sort")
+    config.refuse_nested(override)
     choices: list[Value] = list(override.sweep_iterator(transformer=Transformer.encode))  # type: ignore[arg-type]
     texts = tuple(override.sweep_string_iterator())
     return Parameter(name, "choice", choices=tuple(choices), texts=texts, prefix=prefix)
