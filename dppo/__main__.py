@@ -66,7 +66,7 @@ def _run_job(composed: DictConfig) -> float | tuple[float, ...]:
     overrides = list(hydra.overrides.task)
     directory = Path(hydra.runtime.output_dir)
     experiment = config.load(composed, overrides)
-    from dppo import pipeline, plan, threads
+    from dppo import allocator, pipeline, plan, threads
     from dppo.artifacts.files import disk_errors, write_atomic
     from dppo.loop import Interrupted
     from dppo.search.watch import CALIBRATION, TRIAL, watch
@@ -87,7 +87,7 @@ def _run_job(composed: DictConfig) -> float | tuple[float, ...]:
                 write_atomic(directory / "strength.json", json.dumps(found).encode() + b"\n")
             return found["mean"]
         reports = search and TRIAL in os.environ
-        with threads.denormals_are_zero():
+        with threads.denormals_are_zero(), allocator.freed_memory_is_kept():
             values = pipeline.run(
                 experiment,
                 directory,

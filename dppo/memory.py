@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dppo.allocator import give_back
 from dppo.batches import collate, micro_batches
 from dppo.config import LoraSettings, TrainSettings
 from dppo.data.kept import Kept
@@ -399,6 +400,7 @@ def room(device: torch.device) -> int | None:
         # What the allocator holds and no tensor uses is free to this process.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return round(usable * min(free, total / _sharing(SHARING)))
+    give_back()
     free, total = _machine()
     for limit, used in (*control_groups(), *_address_space()):
         free, total = min(free, limit - used), min(total, limit)
@@ -468,6 +470,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
         elif device.type == "cpu":
+            give_back()
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
                 self._before = _status("VmRSS")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from dppo import stopping
+from dppo.allocator import give_back
 from dppo.artifacts import Build, Cache, Slot, Store
 from dppo.processes import broadcast, gather
 from dppo.types import Artifact, Json
@@ -125,6 +126,7 @@ class Workbench:
         record = Record(title, entry.stage, entry.fingerprint, 0.0, reuse)
         self.memory = None
         yield record
+        give_back()  # a stage needs little of what the one before it freed, and other processes may
         record.memory = self.memory
         record.seconds = round(time.perf_counter() - started, 3)
         self.records.append(record)
