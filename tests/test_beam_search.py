@@ -12,7 +12,17 @@ from transformers import PreTrainedModel
 
 from dppo.errors import UserError
 from dppo.generation import Beam, DiverseBeam
-from tests.test_generation import ENDS, MODELS, PROMPTS, WIDTH, Watch, answers, rows, words  # noqa: F401
+from tests.test_generation import (  # noqa: F401
+    ENDS,
+    MODELS,
+    PROMPTS,
+    WIDTH,
+    Watch,
+    answers,
+    read_and_written,
+    rows,
+    words,
+)
 from tests.tiny_models import VOCABULARY, gpt2, llama
 
 LONGEST = 10
@@ -100,9 +110,10 @@ def test_the_batch_changes_nothing(settings: Beam, rows: Watch) -> None:  # noqa
     seen = rows(model)
     together = found_by(settings, model)
     assert token_ids(together) == token_ids(alone)
-    assert seen[0] == (24, WIDTH)  # the prompt once, not for every beam
-    assert seen[1] == (96, 1)
-    sizes = [n_rows for n_rows, _ in seen[1:]]
+    read, written = read_and_written(seen)  # a prompt once, not for every beam
+    assert read[-1][1] == WIDTH
+    assert written[0] == (96, 1)
+    sizes = [n_rows for n_rows, _ in written]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 1  # prompts that are done leave
     shuffled = random.Random(2).sample(PROMPTS, len(PROMPTS))
     given: dict[str, list[Any]] = {}

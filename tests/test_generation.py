@@ -14,8 +14,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from dppo.errors import UserError
-from dppo.generation import Greedy, kv_cache
-from dppo.generation.decoding import linear_weights_in_bf16
+from dppo.generation import Greedy, decoding, kv_cache, weights
+from dppo.generation.decoding import parts_of_similar_length
+from dppo.generation.weights import linear_weights_in_bf16, linear_weights_packed
 from dppo.logps import ResponseScorer
 from dppo.types import Generation
 from tests.tiny_models import SIZES, VOCABULARY, build, gpt2, grouped_llama, llama
@@ -105,6 +106,15 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[PreTrainedModel], list[tu
 
 
 Watch = Callable[[PreTrainedModel], list[tuple[int, int]]]
+Shapes = Sequence[tuple[int, int]]
+
+
+def read_and_written(seen: Shapes, n: int = len(PROMPTS)) -> tuple[Shapes, Shapes]:
+    """The passes that read ``n`` prompts, each once, and those that write tokens."""
+    for place in range(1, len(seen) + 1):
+        if sum(n_rows for n_rows, _ in seen[:place]) == n:
+            return seen[:place], seen[place:]
+    raise AssertionError(f"no passes over {n} rows: {seen}")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -119,10 +129,14 @@ def test_answers_are_those_of_each_prompt_alone(name: str, rows: Watch) -> None:
     lengths = {len(token_ids) for token_ids in expected.values()}
     assert len(lengths) > 5
     # Rows leave the batch as they end, in several cuts.
-    sizes = [n_rows for n_rows, _ in seen]
-    assert sizes[0] == 24 and sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
-    assert [n_columns for _, n_columns in seen] == [WIDTH] + [1] * (len(seen) - 1)
+    read, written = read_and_written(seen)
+    sizes = [n_rows for n_rows, _ in written]
+    assert sizes[0] <= 24 and sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
+    assert {n_columns for _, n_columns in written} == {1}
     assert sum(sizes) < 0.8 * 24 * len(sizes)
+    # Short prompts are not padded to the longest, where the cache can be put together.
+    assert (len(read) == 1) == (name == "windowed")
+    assert read[-1][1] == WIDTH
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -150,15 +164,49 @@ def test_without_end_tokens_every_answer_has_the_full_length(rows: Watch) -> Non
     found = answers(model, ends=frozenset())
     assert {key: answer.token_ids for key, answer in found.items()} == expected
     assert {(len(answer.token_ids), answer.stopped_by) for answer in found.values()} == {(16, "length")}
-    assert seen == [(24, WIDTH)] + [(24, 1)] * 15  # no pass after the last token
+    assert read_and_written(seen)[1] == [(24, 1)] * 15  # no pass after the last token
 
 
 def test_when_all_rows_end_there_is_no_further_pass(rows: Watch) -> None:
     model = llama()
     seen = rows(model)
     found = answers(model, ends=frozenset(range(VOCABULARY)))
-    assert seen == [(24, WIDTH)]
+    assert read_and_written(seen)[1] == []
     assert {(len(answer.token_ids), answer.text, answer.stopped_by) for answer in found.values()} == {(1, "", "eos")}
+
+
+def test_prompts_are_read_in_parts_of_similar_length() -> None:
+    lengths = [40, 300, 41, 44, 310, 43, 42, 170, 5, 305]
+    assert parts_of_similar_length(lengths, "cpu") == [[8, 0, 2, 6, 5], [3], [7], [1, 9, 4]]
+    # A device that many tokens are not too many for takes all at once.
+    assert parts_of_similar_length(lengths, "cuda") == [sorted(range(10), key=lengths.__getitem__)]
+    generator = random.Random(3)
+    for _ in range(50):
+        drawn = [generator.randint(1, 400) for _ in range(generator.randint(1, 60))]
+        parts = parts_of_similar_length(drawn, "cpu")
+        assert sorted(place for part in parts for place in part) == list(range(len(drawn)))
+        longest = [max(drawn[place] for place in part) for part in parts]
+        assert longest == sorted(longest)
+        for part, most in zip(parts, longest, strict=True):
+            padded = most * len(part)
+            assert padded <= 256 or sum(drawn[place] for place in part) >= 0.9 * padded
+
+
+@pytest.mark.parametrize("name", ["grouped_llama", "gpt2"])
+@pytest.mark.parametrize("enough", [1, 40])
+def test_how_prompts_are_read_changes_no_answer(name: str, enough: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS[name]()
+    monkeypatch.setitem(decoding._TOKENS_READ_AT_ONCE, "cpu", 10_000)
+    whole = answers(model)
+    monkeypatch.setitem(decoding._TOKENS_READ_AT_ONCE, "cpu", enough)
+    assert answers(model) == whole
+    # Write_each takes prompts in any order.
+    shuffled = random.Random(1).sample(PROMPTS, len(PROMPTS))
+    with torch.inference_mode():
+        found = decoding.write_each(
+            model.eval(), [ids for _, ids in shuffled], 1, lambda logits, owners, step: logits.argmax(-1), ENDS, 16
+        )
+    assert [tuple(answer) for answer in found] == [whole[key].token_ids for key, _ in shuffled]
 
 
 @pytest.mark.parametrize("budget", [1, 100, 400])
@@ -167,8 +215,7 @@ def test_the_budget_cuts_batches_and_changes_no_answer(budget: int, rows: Watch)
     whole = answers(model)
     seen = rows(model)
     assert answers(model, tokens_per_batch=budget) == whole
-    starts = [shape for shape, before in zip(seen, [(0, 0), *seen], strict=False) if shape[1] > 1 or before == (0, 0)]
-    assert all(n_rows == 1 or n_rows * (n_columns + 16) <= budget for n_rows, n_columns in starts)
+    assert all(n_rows == 1 or n_rows * (n_columns + 16) <= budget for n_rows, n_columns in seen if n_columns > 1)
     if budget == 1:
         assert max(n_rows for n_rows, _ in seen) == 1
     if budget == 400:
@@ -269,6 +316,48 @@ def test_bf16_weights_made_once_are_those_of_autocast(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.get_output_embeddings().weight is embedding
     assert all(value.requires_grad for value in model.parameters())
+
+
+@pytest.mark.skipif(not weights._onednn_packs(), reason="this torch packs no weights")
+def test_packed_weights_give_the_same_products_and_leave_no_trace() -> None:
+    """Nothing is packed that is not a plain linear layer in fp32, nor where a layer's forward is somebody else's."""
+    model = grouped_llama().float()
+    ids = torch.tensor([PROMPTS[0][1], PROMPTS[0][1][::-1]])
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    other, before = layers[3], {key: value.clone() for key, value in model.state_dict().items()}
+    own = other.forward
+    other.forward = lambda *given: own(*given)  # type: ignore[method-assign]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with linear_weights_packed(model):
+            assert sum("forward" in vars(one) for one in layers) == len(layers)
+            assert "<lambda>" in other.forward.__qualname__
+            found = model(ids).logits
+        assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+        assert torch.equal(model(ids).logits, expected)
+    assert [one for one in layers if "forward" in vars(one)] == [other]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(KeyError), linear_weights_packed(model):
+        raise KeyError("an interruption")
+    assert [one for one in layers if "forward" in vars(one)] == [other]
+    with linear_weights_packed(llama(dtype=torch.float64)) as nothing:
+        assert nothing is None
+
+
+@pytest.mark.skipif(not weights._onednn_packs(), reason="this torch packs no weights")
+def test_biases_and_shared_weights_are_packed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = nn.Linear(6, 5), nn.Linear(6, 5)
+    second.weight = first.weight
+    both = nn.ModuleList([first, second])
+    given = torch.randn(3, 2, 6)
+    with torch.inference_mode():
+        expected = [one(given) for one in both]
+        with linear_weights_packed(both):
+            for one, wanted in zip(both, expected, strict=True):
+                torch.testing.assert_close(one(given), wanted)
+        monkeypatch.setattr(weights, "_MOST_PACKED", 5 * 6 * 4 - 1)
+        with linear_weights_packed(both):  # one weight, counted once, is too large
+            assert not any("forward" in vars(one) for one in both)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

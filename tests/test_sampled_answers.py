@@ -16,7 +16,17 @@ from transformers import PreTrainedModel
 from dppo.errors import UserError
 from dppo.generation import Greedy, Sampled
 from dppo.generation.sampled import drawn
-from tests.test_generation import ENDS, PROMPTS, WIDTH, Watch, answers, rows, windowed, words  # noqa: F401
+from tests.test_generation import (  # noqa: F401
+    ENDS,
+    PROMPTS,
+    WIDTH,
+    Watch,
+    answers,
+    read_and_written,
+    rows,
+    windowed,
+    words,
+)
 from tests.tiny_models import VOCABULARY, gpt2, llama
 
 # The 99.9 % quantile of the chi-square distribution with seven degrees of freedom; an upper bound for fewer.
@@ -137,10 +147,11 @@ def test_the_prompt_is_computed_once_and_rows_leave(rows: Watch) -> None:  # noq
     model = llama()
     seen = rows(model)
     sampled(model)
-    assert seen[0] == (24, WIDTH)
-    assert seen[1][0] <= 24 * 4 and seen[1][0] > 24 * 2
-    assert [columns for _, columns in seen[1:]] == [1] * (len(seen) - 1)
-    sizes = [n_rows for n_rows, _ in seen[1:]]
+    read, written = read_and_written(seen)
+    assert read[-1][1] == WIDTH
+    assert written[0][0] <= 24 * 4 and written[0][0] > 24 * 2
+    assert {columns for _, columns in written} == {1}
+    sizes = [n_rows for n_rows, _ in written]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
 
 

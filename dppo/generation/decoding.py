@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dppo.batches import padded_batches
 from dppo.config import require
 from dppo.errors import UserError
+from dppo.generation.weights import linear_weights_in_bf16, linear_weights_packed
 from dppo.types import Generation, Json
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 # Below this share of unfinished rows the batch and its cache are cut down to them: copying the cache costs about one
 # decoding step, so compacting at every single end would cost more than it saves.
 COMPACT_BELOW = 0.75
+
+# Prompts are read in parts of similar length: a part grows to so many tokens whatever padding that takes, because
+# smaller ones leave the processor idle, and beyond that while at most a tenth of it is padding.
+_TOKENS_READ_AT_ONCE = {"cpu": 256}
+_TOKENS_READ_AT_ONCE_ELSEWHERE = 8192
+_MOST_PADDING = 0.1
 
 Prompts = Sequence[tuple[str, Sequence[int]]]
 """(prompt_id, token ids) of each prompt of a batch; every prompt has at least one token."""
@@ -90,34 +97,7 @@ class Decoding(ABC):
             ]
 
     def _weights(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        return linear_weights_in_bf16(model) if self.precision == "bf16" else nullcontext()
-
-
-@contextmanager
-def linear_weights_in_bf16(model: nn.Module) -> Iterator[None]:
-    """What autocast would make of the fp32 weights of linear layers, made once.
-
-    Without gradients autocast keeps nothing, and casts every weight anew for every token. Embeddings that share a
-    weight with a linear layer keep it.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    originals: list[tuple[nn.Module, str, nn.Parameter]] = []
-    cast: dict[int, nn.Parameter] = {}
-    try:
-        for module in model.modules():
-            if type(module) not in (nn.Linear, Conv1D):
-                continue
-            for name, value in list(module.named_parameters(recurse=False)):
-                if value.dtype == torch.float32:
-                    if id(value) not in cast:
-                        cast[id(value)] = nn.Parameter(value.to(torch.bfloat16), requires_grad=False)
-                    originals.append((module, name, value))
-                    setattr(module, name, cast[id(value)])
-        yield
-    finally:
-        for module, name, value in originals:
-            setattr(module, name, value)
+        return linear_weights_in_bf16(model) if self.precision == "bf16" else linear_weights_packed(model)
 
 
 @dataclass(frozen=True)
@@ -165,24 +145,45 @@ class Rows:
 
         self._model = model
         self.device = next(model.parameters()).device
-        width = max(len(prompt) for prompt in prompts)
         # Padded on the left, so that the last column predicts for every row.
-        token_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-        mask = torch.zeros(len(prompts), width, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            token_ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
-            mask[row, width - len(prompt) :] = 1
-        self._token_ids, self._mask = token_ids.to(self.device), mask.to(self.device)
+        self._token_ids, self._mask = (part.to(self.device) for part in _padded_on_the_left(prompts))
         self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
         self._cache = roomy_cache(model.config)
+        self._unread = [len(prompt) for prompt in prompts]
 
     def logits(self) -> Tensor:
         """(rows, vocabulary) fp32, of the token that follows in each row: one pass over what is not in the cache."""
+        if self._unread:
+            return self._read_prompts()
+        return self._pass(self._token_ids, self._mask, self._positions, self._cache)
+
+    def _read_prompts(self) -> Tensor:
+        """Prompts of similar length together, so that few of the tokens that are computed are padding."""
+        from dppo.generation.kv_cache import can_be_joined, joined, roomy_cache
+
+        lengths, self._unread = self._unread, []
+        parts = parts_of_similar_length(lengths, self.device.type)
+        if len(parts) == 1 or not can_be_joined(self._cache):
+            return self._pass(self._token_ids, self._mask, self._positions, self._cache)
+        caches, found = [], []
+        for part in parts:
+            # Within a part the columns on the left hold padding only.
+            own = slice(-max(lengths[place] for place in part), None)
+            taken = torch.tensor(part, device=self.device)
+            caches.append(roomy_cache(self._model.config))
+            token_ids, mask, positions = (whole[taken, own] for whole in (self._token_ids, self._mask, self._positions))
+            found.append(self._pass(token_ids, mask, positions, caches[-1]))
+        places = torch.tensor([place for part in parts for place in part], device=self.device)
+        order = places.argsort()
+        self._cache = joined(caches, order)
+        return torch.cat(found)[order]
+
+    def _pass(self, token_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         output = self._model(
-            input_ids=self._token_ids,
-            attention_mask=self._mask,
-            position_ids=self._positions,
-            past_key_values=self._cache,
+            input_ids=token_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -199,6 +200,32 @@ class Rows:
         self._cache.batch_select_indices(places)
         self._token_ids, self._positions = self._token_ids[places], self._positions[places]
         self._mask = self._mask[places]
+
+
+def _padded_on_the_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (rows, longest prompt)."""
+    width = max(len(prompt) for prompt in prompts)
+    token_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros_like(token_ids)
+    for row, prompt in enumerate(prompts):
+        token_ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
+        mask[row, width - len(prompt) :] = 1
+    return token_ids, mask
+
+
+def parts_of_similar_length(lengths: Sequence[int], device: str) -> list[list[int]]:
+    """The places of prompts of these lengths, short ones first, in the parts in which they are read."""
+    enough = _TOKENS_READ_AT_ONCE.get(device, _TOKENS_READ_AT_ONCE_ELSEWHERE)
+    parts: list[list[int]] = []
+    n_tokens = 0  # of the last part, without padding
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        n_tokens += lengths[place]
+        padded = lengths[place] * (len(parts[-1]) + 1) if parts else 0
+        if not parts or (padded > enough and n_tokens < (1 - _MOST_PADDING) * padded):
+            parts.append([])
+            n_tokens = lengths[place]
+        parts[-1].append(place)
+    return parts
 
 
 def write_each(

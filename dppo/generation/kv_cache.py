@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,19 @@ def roomy_cache(config: PretrainedConfig) -> DynamicCache:
     make: Callable[[], DynamicLayer] = RoomyLayer
     cache.layers = [make() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def can_be_joined(cache: DynamicCache) -> bool:
+    """Whether all layers keep everything; one that keeps a window only, or another state, cannot be moved."""
+    return all(type(layer) is RoomyLayer for layer in cache.layers)
+
+
+def joined(caches: Sequence[DynamicCache], order: Tensor) -> DynamicCache:
+    """One cache of the rows of several, each padded on the left to the longest; row ``order[i]`` becomes row i."""
+    whole = caches[0]
+    for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
+        layer.join(others, order)
+    return whole
 
 
 class RoomyLayer(DynamicLayer):
@@ -60,6 +73,27 @@ class RoomyLayer(DynamicLayer):
         for buffer, old in zip(selected, self._buffers, strict=True):
             buffer[:, :, :n_tokens] = old[indices, :, :n_tokens]
         self._buffers = selected
+        self._show(n_tokens)
+
+    def join(self, others: Sequence[RoomyLayer], order: Tensor) -> None:
+        """Take the rows of other layers behind its own, then go on with all of them in this order."""
+        parts = [(layer.get_seq_length(), layer._buffers) for layer in (self, *others)]
+        if self._buffers is None:  # a layer that uses the states of another one
+            return
+        n_tokens = max(n_own for n_own, _ in parts)
+        row_of = order.argsort()  # of each row as it stands
+        whole = tuple(_roomy(old, len(order), old.shape[1], n_tokens) for old in self._buffers)
+        first = 0
+        for n_own, buffers in parts:
+            assert buffers is not None  # the same layer of the same model
+            n_rows = len(buffers[0])
+            into = row_of[first : first + n_rows]
+            for buffer, old in zip(whole, buffers, strict=True):
+                buffer[into, :, n_tokens - n_own : n_tokens] = old[:, :, :n_own]
+                # No attention is paid to padding, but nothing times what is not a number is not a number.
+                buffer[into, :, : n_tokens - n_own] = 0
+            first += n_rows
+        self._buffers = whole
         self._show(n_tokens)
 
     def _show(self, n_tokens: int) -> tuple[Tensor, Tensor]:
