@@ -31,6 +31,7 @@ from benchmarks.overhead import loop
 from benchmarks.rows import Row, alternate
 from benchmarks.setting import Setting
 from benchmarks.steps import compiled, gate, step
+from dppo.allocator import freed_memory_is_kept
 
 
 def python(*arguments: str, environment: dict[str, str] | None = None) -> Callable[[], object]:
@@ -133,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = Setting.of(chosen)
     rows: list[Row] = []
     for name in chosen.only:
-        made = HERE[name](chosen.rounds) if name in HERE else ON_A_MODEL[name](setting, chosen.rounds)
+        with freed_memory_is_kept():  # as python -m dppo does, again
+            made = HERE[name](chosen.rounds) if name in HERE else ON_A_MODEL[name](setting, chosen.rounds)
         print(f"\n{name}" + ("" if name in HERE else f": {setting.words}"), flush=True)
         print(_table(made), flush=True)
         rows += made

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import functools
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,55 +55,115 @@ def trl(setting: Setting, rounds: int) -> list[Row]:
 def _steps_in_turn(setting: Setting, name: str, rounds: int) -> tuple[dict[str, list[Timing]], dict[str, list[float]]]:
     """Seconds and losses of every step behind the first one, by contender.
 
-    All train the same model from the same weights. TRL's trainer runs as it is; each of its steps hands over to
-    dppo's loops, which stand still in coroutines of the same thread, so that all share one pool of threads.
+    All train the same model from the same weights, each in a process of its own that has what its own command would
+    give it; they stand still while it is not their turn.
     """
-    from greenlet import greenlet
+    with contextlib.ExitStack() as stack:
+        # One after the other: the first step, which is the warm-up, has the machine to itself as well.
+        contenders = [stack.enter_context(_Contender.started(setting, one, rounds)) for one in (name, *_own(setting))]
+        for _ in range(rounds):
+            for one in contenders:
+                one.step()
+        losses = {one.name: one.losses() for one in contenders}
+    return {one.name: one.timings for one in contenders}, losses
+
+
+_TOLD = "@"  # begins the lines that are meant for the parent
+
+
+class _Contender:
+    """A training run in another process, a step at a time."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+        self.name = name
+        self.timings: list[Timing] = []
+        self._process = process
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls, setting: Setting, name: str, rounds: int) -> Iterator[_Contender]:
+        command = [sys.executable, "-m", "benchmarks.against_trl", "--steps-of", name, "--rounds", str(rounds)]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            [*command, *setting.options], stdin=pipe, stdout=pipe, text=True, env=_environment(name)
+        ) as process:
+            contender = cls(name, process)
+            try:
+                contender._told()
+                yield contender
+            finally:
+                process.kill()
+
+    def step(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        wall, cpu = self._told()
+        self.timings.append((wall, cpu))
+
+    def losses(self) -> list[float]:
+        """Of every step, the first one too; the run is over."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        found: list[float] = self._told()
+        return found
+
+    def _told(self) -> Any:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(_TOLD):
+                return json.loads(line.removeprefix(_TOLD))
+        raise SystemExit(f"{self.name} ended with status {self._process.wait()}; what it said is above")
+
+
+def _environment(name: str) -> dict[str, str]:
+    """TRL's has no pages of 2 MiB: who writes a script with it has none."""
+    return {**os.environ, "THP_MEM_ALLOC_ENABLE": "0" if name in TRL else "1"}
+
+
+def _tell(found: object) -> None:
+    print(_TOLD + json.dumps(found), flush=True)
+
+
+def _steps_of(setting: Setting, name: str, rounds: int) -> None:
+    """A contender: says how long each step took, and waits for a line before the next."""
+    pairs = in_order(setting, setting.batch_size * (rounds + 1))
+    if name in TRL:
+        _tell(_trl_steps(setting, pairs, name))
+        return
+    losses: list[float] = []
+    begun: list[Timing] = []
+
+    def step(row: Mapping[str, float]) -> None:
+        _tell(since(begun.pop()) if begun else None)
+        losses.append(row["train/loss"])
+        sys.stdin.readline()
+        begun.append(now())
+
+    _dppo_run(setting, pairs, name.removeprefix("dppo "), step)
+    _tell(losses)
+
+
+def _trl_steps(setting: Setting, pairs: Sequence[PreferenceExample], name: str) -> list[float]:
     from transformers import TrainerCallback
 
-    pairs = in_order(setting, setting.batch_size * (rounds + 1))
-    series: dict[str, list[Timing]] = {}
-    losses: dict[str, list[float]] = {}
-    main = greenlet.getcurrent()
-    loops: list[greenlet] = []
-    for precision in setting.precisions:
-        label = f"dppo {precision}"
-        losses[label], series[label] = [], []
-        started: list[Timing] = []
-
-        def step(row: Mapping[str, float], label: str = label, started: list[Timing] = started) -> None:
-            if started:
-                series[label].append(since(started.pop()))
-            losses[label].append(row["train/loss"])
-            main.switch()
-            started.append(now())
-
-        one = greenlet(functools.partial(_dppo_run, setting, pairs, precision, step))
-        loops.append(one)
-    own: list[Timing] = []
-    series[name], losses[name] = own, []
-
     class InTurn(TrainerCallback):
-        begun: Timing
+        begun: Timing | None = None
 
         def on_step_begin(self, *arguments: object, **keywords: object) -> None:
+            if self.begun is not None:
+                sys.stdin.readline()
             self.begun = now()
 
         def on_step_end(self, *arguments: object, **keywords: object) -> None:
-            own.append(since(self.begun))
-            for loop in loops:
-                loop.switch()
+            assert self.begun is not None
+            _tell(since(self.begun))
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trl_trainer(setting, pairs, name, Path(folder))
         trainer.add_callback(InTurn())
         trainer.train()
-    losses[name] = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    for loop in loops:
-        while not loop.dead:
-            loop.switch()
-    # The first step of each is its warm-up.
-    return {label: timings[-rounds:] for label, timings in series.items()}, losses
+    return [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
 
 
 def _dppo_run(
@@ -110,8 +171,10 @@ def _dppo_run(
 ) -> None:
     from accelerate import Accelerator
 
+    from dppo.allocator import freed_memory_is_kept
     from dppo.config import compose, load
     from dppo.loop import train
+    from dppo.threads import denormals_are_zero
 
     words = [f"train.precision={precision}", "train.deterministic=false", f"train.batch_size={setting.batch_size}"]
     words += ["loss=dpo", "beta=0.1", "train.steps=null", "train.epochs=1", "train.learning_rate=1e-6"]
@@ -120,7 +183,7 @@ def _dppo_run(
     phase = load(compose(words), words).phases["main"]
     encoded = encoder_of(setting).encode(pairs, None).examples
     model = experiment(setting).model.load_model(0)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, denormals_are_zero(), freed_memory_is_kept():
         train(
             model,
             phase.loss,
@@ -203,7 +266,7 @@ def memory(setting: Setting, rounds: int) -> list[Row]:
             capture_output=True,
             text=True,
             check=True,
-            env={**os.environ, "THP_MEM_ALLOC_ENABLE": "1" if name not in TRL else "0"},
+            env=_environment(name),
         )
         found[name] = float(done.stdout.split()[-1])
     return [
@@ -248,12 +311,19 @@ def _memory_of(setting: Setting, name: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """One contender's memory, in a process of its own."""
+    """One contender in a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.against_trl", description=__doc__)
-    parser.add_argument("--memory-of", required=True, choices=[*TRL, "dppo fp32", "dppo bf16"])
+    what = parser.add_mutually_exclusive_group(required=True)
+    contenders = [*TRL, "dppo fp32", "dppo bf16"]
+    what.add_argument("--memory-of", choices=contenders, help="MiB of three steps")
+    what.add_argument("--steps-of", choices=contenders, help="one step for each line of standard input")
+    parser.add_argument("--rounds", type=int, default=5)
     Setting.add_options(parser)
     chosen = parser.parse_args(argv)
-    print(_memory_of(Setting.of(chosen), chosen.memory_of))
+    if chosen.steps_of is not None:
+        _steps_of(Setting.of(chosen), chosen.steps_of, chosen.rounds)
+    else:
+        print(_memory_of(Setting.of(chosen), chosen.memory_of))
     return 0
 
 

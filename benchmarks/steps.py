@@ -13,14 +13,18 @@ from benchmarks.rows import Row, alternate, alternate_all, now, since
 from benchmarks.setting import Setting, examples, experiment, with_third
 
 if TYPE_CHECKING:
-    from dppo.types import EncodedExample
+    from transformers import PreTrainedModel
+
+    from dppo.types import Batch, EncodedExample, ResponseLogps
 
 
 def step(setting: Setting, rounds: int) -> list[Row]:
-    """Packed steps with stored reference log-probs against the padded step that runs its reference along.
+    """Packed steps with stored reference log-probs against padded steps that run their reference along.
 
     A step is the loss, its gradient, clipping and AdamW; with three answers it is unlikelihood with a
-    quadratic penalty, with two DPO. The note has the share of the machine's matrix multiplication that is reached.
+    quadratic penalty, with two DPO. ``padded`` is dppo's own padded layout, whose head computes answer tokens only;
+    ``textbook`` has the logits of every position, as papers' code computes them. The note has the share of the
+    machine's matrix multiplication that is reached.
     """
     from dppo.config import compose, load
 
@@ -28,23 +32,25 @@ def step(setting: Setting, rounds: int) -> list[Row]:
     peaks: list[dict[str, float]] = []
 
     def measure() -> None:
-        peaks.append(peak())  # in every round, because a machine's speed drifts
+        peaks.append(peak(setting.precisions))  # in every round, because a machine's speed drifts
 
     for n_answers, words in ((2, ["loss=dpo"]), (3, ["loss=unll", "penalty=quadratic", "alpha=0.1"])):
         loss = load(compose(words), words).phases["main"].loss
         pairs = examples(setting, setting.batch_size)
         drawn = with_third(pairs) if n_answers == 3 else pairs
-        naive = ("padded, with reference", _step(setting, drawn, loss, "padded", "fp32", stored=False))
         packed = [
             (f"packed {precision}", _step(setting, drawn, loss, "packed", precision, stored=True))
             for precision in setting.precisions
         ]
-        peaks.clear()
-        for row in alternate_all(f"step, {n_answers} answers", [*packed, ("peak", measure)], naive, rounds)[:-1]:
-            precision = row.first.split()[-1]
-            reached = statistics.median(one[precision] for one in peaks)
-            share = flops(setting, drawn) / row.first_median / reached
-            rows.append(row.noted(f"{share:.0%} of {reached / 1e9:.0f} GFLOP/s in {precision}"))
+        for name in ("padded", "textbook"):
+            beside = _step(setting, drawn, loss, name, "fp32", stored=False)
+            peaks.clear()
+            against = (f"{name}, with reference", beside)
+            for row in alternate_all(f"step, {n_answers} answers", [*packed, ("peak", measure)], against, rounds)[:-1]:
+                precision = row.first.split()[-1]
+                reached = statistics.median(one[precision] for one in peaks)
+                share = flops(setting, drawn) / row.first_median / reached
+                rows.append(row.noted(f"{share:.0%} of {reached / 1e9:.0f} GFLOP/s in {precision}"))
     return rows
 
 
@@ -118,16 +124,16 @@ def _step(
 
     from dppo.batches import collate
     from dppo.logps import ResponseScorer
-    from dppo.types import LossContext, ResponseLogps
+    from dppo.types import LossContext
 
     model = experiment(setting).model.load_model(0).train()
-    scorer = ResponseScorer(model, packing)
+    scorer: Any = ResponseScorer(model, packing) if packing != "textbook" else _Textbook(model)
     if compiles:
         scorer.compile_layers()
     batch = collate(list(drawn))
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    beside = None if stored else ResponseScorer(copy.deepcopy(model), packing)
+    beside = None if stored else copy.deepcopy(scorer)
     with torch.no_grad(), autocast():
         known = scorer(batch)
     context = LossContext(batch.scores, batch.shared_prefix, batch.equal_to_chosen, float(batch.lengths.float().mean()))
@@ -148,24 +154,60 @@ def _step(
     return run
 
 
-def flops(setting: Setting, drawn: Sequence[EncodedExample]) -> float:
-    """What the packed step needs: 6 for each weight and token of the body and, of the head, each answer token.
+class _Textbook:
+    """Log-probs from the logits of every position of every row, padding included."""
 
-    Attention is left out (a few per cent at these lengths), and so are norms, losses and the optimiser.
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __call__(self, batch: Batch) -> ResponseLogps:
+        import torch
+
+        from dppo.types import ResponseLogps
+
+        rows, predicted = [], []
+        spans = zip(batch.example.tolist(), batch.response_start.tolist(), batch.lengths.tolist(), strict=True)
+        for owner, start, n_tokens in spans:
+            begin, n_prompt = int(batch.prompt_start[owner]), int(batch.prompt_length[owner])
+            answer = batch.token_ids[start : start + n_tokens]
+            rows.append(torch.cat([batch.token_ids[begin : begin + n_prompt], answer]))
+            predicted.append(slice(n_prompt - 1, n_prompt - 1 + n_tokens))
+        token_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        logits = self._model(input_ids=token_ids, use_cache=False).logits[:, :-1].float()
+        found = logits.log_softmax(-1).gather(-1, token_ids[:, 1:, None]).squeeze(-1)
+        tokens = torch.cat([row[own] for row, own in zip(found, predicted, strict=True)])
+        return ResponseLogps(tokens, batch.lengths, batch.example, batch.roles, batch.n_examples)
+
+
+def flops(setting: Setting, drawn: Sequence[EncodedExample]) -> float:
+    """What the packed step needs, forward once and backward twice.
+
+    For each weight and token of the body 2; of the head for each answer token; and for each query and key that it sees
+    4 for each number of a head, in every head and layer. Norms, losses and the optimiser are left out.
     """
     model = experiment(setting).model.load_model(0)
+    config = model.config
     head = model.get_output_embeddings().weight.numel()
     body = sum(one.numel() for one in model.parameters()) - head  # the head is the embedding, which multiplies nothing
     n_answer = sum(len(answer.token_ids) for one in drawn for answer in one.responses)
-    return 6.0 * float(body * sum(one.n_tokens for one in drawn) + head * n_answer)
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    seen = 0
+    for one in drawn:
+        n_prompt = len(one.prompt_ids)
+        seen += n_prompt * (n_prompt + 1) // 2
+        seen += sum(n * n_prompt + n * (n + 1) // 2 for n in (len(answer.token_ids) for answer in one.responses))
+    multiplied = body * sum(one.n_tokens for one in drawn) + head * n_answer
+    return 3.0 * float(2 * multiplied + 4 * seen * width * config.num_hidden_layers)
 
 
-def peak() -> dict[str, float]:
-    """Floating-point operations a second of a matrix product of 2048 x 2048 in fp32 and bf16, the best of ten."""
+def peak(precisions: Sequence[str]) -> dict[str, float]:
+    """Floating-point operations a second of a matrix product of 2048 x 2048 in each precision, the best of ten."""
     import torch
 
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        if name not in precisions:
+            continue
         one = torch.randn(2048, 2048).to(dtype)
         other = torch.randn(2048, 2048).to(dtype)
         one @ other

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
-from benchmarks import growth, overhead
+from benchmarks import growth, overhead, steps
 from benchmarks.__main__ import main
+from benchmarks.against_trl import _Contender
 from benchmarks.rows import alternate_all, compared
-from benchmarks.setting import Setting, examples, in_order, texts, with_third
+from benchmarks.setting import Setting, examples, experiment, in_order, texts, with_third
 from benchmarks.steps import flops
+from dppo.batches import collate
+from dppo.logps import ResponseScorer
 
 
 def test_a_ratio_says_how_many_times_the_firsts_time_the_second_takes() -> None:
@@ -33,7 +41,10 @@ def test_contenders_take_turns_and_the_first_round_is_not_counted() -> None:
 
 
 def test_made_up_pairs_and_the_operations_of_a_step(tmp_path: Path) -> None:
-    """By hand: 2 for a weight and token forward, 4 backward; the head, which is the embedding, at answer tokens."""
+    """By hand: 2 for a weight and token forward, 4 backward; the head, which is the embedding, at answer tokens.
+
+    And 2 for a product with a key and 2 for its value's share, backward twice; queries see prompt and themselves.
+    """
     setting = Setting("tiny", None, 200, str(tmp_path))
     pairs = examples(setting, 6)
     assert all(
@@ -48,7 +59,20 @@ def test_made_up_pairs_and_the_operations_of_a_step(tmp_path: Path) -> None:
     n_tokens = sum(pair.n_tokens for pair in pairs)
     n_answer = sum(len(one.token_ids) for pair in pairs for one in pair.responses)
     expected = 6 * ((n_layers * layer + hidden) * n_tokens + hidden * vocabulary * n_answer)
-    assert flops(setting, pairs) == expected
+    seen = 0
+    for pair in pairs:
+        prompt = len(pair.prompt_ids)
+        seen += sum(range(1, prompt + 1))
+        seen += sum(sum(range(prompt + 1, prompt + len(one.token_ids) + 1)) for one in pair.responses)
+    assert flops(setting, pairs) == expected + 12 * seen * hidden * n_layers
+
+
+def test_the_textbook_step_has_the_log_probs_of_the_scorer(tmp_path: Path) -> None:
+    setting = Setting("tiny", None, 120, str(tmp_path))
+    model = experiment(setting).model.load_model(0)
+    batch = collate(with_third(examples(setting, 3)))
+    with torch.no_grad():
+        torch.testing.assert_close(steps._Textbook(model)(batch).tokens, ResponseScorer(model, "packed")(batch).tokens)
 
 
 def test_balanced_pairs_and_long_ones(tmp_path: Path) -> None:
@@ -102,6 +126,30 @@ def test_what_a_loop_takes_is_a_part_of_its_steps(tmp_path: Path, monkeypatch: p
         run(setting, drawn, None, stopwatch, folder)
         assert len(stopwatch._marks) == 6 and not stopwatch._begun
         assert 0 < stopwatch.outside()[0] < stopwatch.step()
+
+
+def test_a_contender_takes_a_step_when_it_is_told_to(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The first step is the warm-up; between two turns the process does nothing, and one that fails is named."""
+    setting = Setting("tiny", None, 100, str(tmp_path), batch_size=2, precisions=("fp32",))
+    with _Contender.started(setting, "dppo fp32", 2) as contender:
+        contender.step()
+        process = psutil.Process(contender._process.pid)
+        before = process.cpu_times()
+        time.sleep(0.5)
+        after = process.cpu_times()
+        assert after.user + after.system - before.user - before.system < 0.2
+        contender.step()
+        losses = contender.losses()
+    assert len(contender.timings) == 2 and all(0 < wall and 0 < cpu for wall, cpu in contender.timings)
+    assert len(losses) == 3 and losses[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    impossible = dataclasses.replace(setting, max_length=5)
+    with (
+        pytest.raises(SystemExit, match="dppo fp32 ended with status 1"),
+        _Contender.started(impossible, "dppo fp32", 1),
+    ):
+        pass
+    assert "raise --max-length" in capfd.readouterr().err
 
 
 def test_the_table_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
