@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import Row, Timing, compared, now, since
 from benchmarks.setting import SEED, Setting, encoder_of, experiment, in_order
+from benchmarks.turns import as_dppo_has_it, as_scripts_have_it, started, tell, wait
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,88 +59,42 @@ def _steps_in_turn(setting: Setting, name: str, rounds: int) -> tuple[dict[str, 
     """
     with contextlib.ExitStack() as stack:
         # One after the other: the first step, which is the warm-up, has the machine to itself as well.
-        contenders = [stack.enter_context(_Contender.started(setting, one, rounds)) for one in (name, *_own(setting))]
+        contenders = [
+            stack.enter_context(started(one, _command(setting, one, rounds), _environment(one)))
+            for one in (name, *_own(setting))
+        ]
         for _ in range(rounds):
             for one in contenders:
                 one.step()
-        losses = {one.name: one.losses() for one in contenders}
+        losses = {one.name: one.end() for one in contenders}
     return {one.name: one.timings for one in contenders}, losses
 
 
-_TOLD = "@"  # begins the lines that are meant for the parent
-
-
-class _Contender:
-    """A training run in another process, a step at a time."""
-
-    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
-        self.name = name
-        self.timings: list[Timing] = []
-        self._process = process
-
-    @classmethod
-    @contextlib.contextmanager
-    def started(cls, setting: Setting, name: str, rounds: int) -> Iterator[_Contender]:
-        command = [sys.executable, "-m", "benchmarks.against_trl", "--steps-of", name, "--rounds", str(rounds)]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(
-            [*command, *setting.options], stdin=pipe, stdout=pipe, text=True, env=_environment(name)
-        ) as process:
-            contender = cls(name, process)
-            try:
-                contender._told()
-                yield contender
-            finally:
-                process.kill()
-
-    def step(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        wall, cpu = self._told()
-        self.timings.append((wall, cpu))
-
-    def losses(self) -> list[float]:
-        """Of every step, the first one too; the run is over."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        found: list[float] = self._told()
-        return found
-
-    def _told(self) -> Any:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(_TOLD):
-                return json.loads(line.removeprefix(_TOLD))
-        raise SystemExit(f"{self.name} ended with status {self._process.wait()}; what it said is above")
+def _command(setting: Setting, name: str, rounds: int) -> list[str]:
+    return ["benchmarks.against_trl", "--steps-of", name, "--rounds", str(rounds), *setting.options]
 
 
 def _environment(name: str) -> dict[str, str]:
-    """TRL's has no pages of 2 MiB: who writes a script with it has none."""
-    return {**os.environ, "THP_MEM_ALLOC_ENABLE": "0" if name in TRL else "1"}
-
-
-def _tell(found: object) -> None:
-    print(_TOLD + json.dumps(found), flush=True)
+    return as_scripts_have_it() if name in TRL else as_dppo_has_it()
 
 
 def _steps_of(setting: Setting, name: str, rounds: int) -> None:
     """A contender: says how long each step took, and waits for a line before the next."""
     pairs = in_order(setting, setting.batch_size * (rounds + 1))
     if name in TRL:
-        _tell(_trl_steps(setting, pairs, name))
+        tell(_trl_steps(setting, pairs, name))
         return
     losses: list[float] = []
     begun: list[Timing] = []
 
     def step(row: Mapping[str, float]) -> None:
-        _tell(since(begun.pop()) if begun else None)
+        tell(since(begun.pop()) if begun else None)
         losses.append(row["train/loss"])
-        sys.stdin.readline()
+        wait()
         begun.append(now())
 
     _dppo_run(setting, pairs, name.removeprefix("dppo "), step)
-    _tell(losses)
+    tell(losses)
 
 
 def _trl_steps(setting: Setting, pairs: Sequence[PreferenceExample], name: str) -> list[float]:
@@ -152,12 +105,12 @@ def _trl_steps(setting: Setting, pairs: Sequence[PreferenceExample], name: str) 
 
         def on_step_begin(self, *arguments: object, **keywords: object) -> None:
             if self.begun is not None:
-                sys.stdin.readline()
+                wait()
             self.begun = now()
 
         def on_step_end(self, *arguments: object, **keywords: object) -> None:
             assert self.begun is not None
-            _tell(since(self.begun))
+            tell(since(self.begun))
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trl_trainer(setting, pairs, name, Path(folder))

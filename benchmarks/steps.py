@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rows import Row, alternate, alternate_all, now, since
-from benchmarks.setting import Setting, examples, experiment, with_third
+from benchmarks.rows import Row, alternate, compared, now, since
+from benchmarks.setting import PRECISIONS, Setting, examples, experiment, with_third
+from benchmarks.turns import as_dppo_has_it, as_scripts_have_it, started, take_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dppo.types import Batch, EncodedExample, ResponseLogps
+
+
+_SCRIPT = "textbook"  # the contender that has nothing of dppo's
 
 
 def step(setting: Setting, rounds: int) -> list[Row]:
@@ -26,32 +33,53 @@ def step(setting: Setting, rounds: int) -> list[Row]:
     ``textbook`` has the logits of every position, as papers' code computes them. The note has the share of the
     machine's matrix multiplication that is reached.
     """
-    from dppo.config import compose, load
-
     rows = []
-    peaks: list[dict[str, float]] = []
-
-    def measure() -> None:
-        peaks.append(peak(setting.precisions))  # in every round, because a machine's speed drifts
-
-    for n_answers, words in ((2, ["loss=dpo"]), (3, ["loss=unll", "penalty=quadratic", "alpha=0.1"])):
-        loss = load(compose(words), words).phases["main"].loss
-        pairs = examples(setting, setting.batch_size)
-        drawn = with_third(pairs) if n_answers == 3 else pairs
-        packed = [
-            (f"packed {precision}", _step(setting, drawn, loss, "packed", precision, stored=True))
-            for precision in setting.precisions
-        ]
-        for name in ("padded", "textbook"):
-            beside = _step(setting, drawn, loss, name, "fp32", stored=False)
-            peaks.clear()
-            against = (f"{name}, with reference", beside)
-            for row in alternate_all(f"step, {n_answers} answers", [*packed, ("peak", measure)], against, rounds)[:-1]:
-                precision = row.first.split()[-1]
-                reached = statistics.median(one[precision] for one in peaks)
-                share = flops(setting, drawn) / row.first_median / reached
+    own = [f"packed {precision}" for precision in setting.precisions]
+    for n_answers in (2, 3):
+        peaks = []
+        with contextlib.ExitStack() as stack:
+            contenders = [
+                stack.enter_context(
+                    started(
+                        name,
+                        ["benchmarks.steps", "--of", name, "--answers", str(n_answers), *setting.options],
+                        as_scripts_have_it() if name == _SCRIPT else as_dppo_has_it(),
+                    )
+                )
+                for name in (*own, "padded", _SCRIPT)
+            ]
+            for _ in range(rounds):
+                peaks.append(peak(setting.precisions))  # in every round, because a machine's speed drifts
+                for one in contenders:
+                    one.step()
+        needed = flops(setting, _drawn(setting, n_answers))
+        *packed, padded, textbook = contenders
+        for beside in (padded, textbook):
+            against = (f"{beside.name}, with reference", beside.timings)
+            for one, precision in zip(packed, setting.precisions, strict=True):
+                row = compared(f"step, {n_answers} answers", (one.name, one.timings), against)
+                reached = statistics.median(found[precision] for found in peaks)
+                share = needed / row.first_median / reached
                 rows.append(row.noted(f"{share:.0%} of {reached / 1e9:.0f} GFLOP/s in {precision}"))
     return rows
+
+
+def _drawn(setting: Setting, n_answers: int) -> list[EncodedExample]:
+    pairs = examples(setting, setting.batch_size)
+    return with_third(pairs) if n_answers == 3 else pairs
+
+
+def _contender(setting: Setting, name: str, n_answers: int) -> None:
+    from dppo.allocator import freed_memory_is_kept
+    from dppo.config import compose, load
+
+    words = ["loss=dpo"] if n_answers == 2 else ["loss=unll", "penalty=quadratic", "alpha=0.1"]
+    loss = load(compose(words), words).phases["main"].loss
+    drawn = _drawn(setting, n_answers)
+    packing, precision = name.split() if name.startswith("packed") else (name, "fp32")
+    run = _step(setting, drawn, loss, packing, precision, stored=packing == "packed")
+    with contextlib.nullcontext() if name == _SCRIPT else freed_memory_is_kept():
+        take_turns(run)
 
 
 def compiled(setting: Setting, rounds: int) -> list[Row]:
@@ -218,3 +246,19 @@ def peak(precisions: Sequence[str]) -> dict[str, float]:
             took.append(since(before)[0])
         found[name] = 2 * 2048**3 / min(took)
     return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One contender of ``step`` in a process of its own."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=main.__doc__)
+    names = [*(f"packed {precision}" for precision in PRECISIONS), "padded", _SCRIPT]
+    parser.add_argument("--of", required=True, choices=names, help="one step for each line of standard input")
+    parser.add_argument("--answers", type=int, required=True, choices=(2, 3))
+    Setting.add_options(parser)
+    chosen = parser.parse_args(argv)
+    _contender(Setting.of(chosen), chosen.of, chosen.answers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,10 +15,11 @@ import torch
 
 from benchmarks import growth, overhead, steps
 from benchmarks.__main__ import main
-from benchmarks.against_trl import _Contender
+from benchmarks.against_trl import _command
 from benchmarks.rows import alternate_all, compared
 from benchmarks.setting import Setting, examples, experiment, in_order, texts, with_third
 from benchmarks.steps import flops
+from benchmarks.turns import as_dppo_has_it, started
 from dppo.batches import collate
 from dppo.logps import ResponseScorer
 
@@ -131,7 +132,7 @@ def test_what_a_loop_takes_is_a_part_of_its_steps(tmp_path: Path, monkeypatch: p
 def test_a_contender_takes_a_step_when_it_is_told_to(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The first step is the warm-up; between two turns the process does nothing, and one that fails is named."""
     setting = Setting("tiny", None, 100, str(tmp_path), batch_size=2, precisions=("fp32",))
-    with _Contender.started(setting, "dppo fp32", 2) as contender:
+    with started("own", _command(setting, "dppo fp32", 2), as_dppo_has_it()) as contender:
         contender.step()
         process = psutil.Process(contender._process.pid)
         before = process.cpu_times()
@@ -139,17 +140,26 @@ def test_a_contender_takes_a_step_when_it_is_told_to(tmp_path: Path, capfd: pyte
         after = process.cpu_times()
         assert after.user + after.system - before.user - before.system < 0.2
         contender.step()
-        losses = contender.losses()
-    assert len(contender.timings) == 2 and all(0 < wall and 0 < cpu for wall, cpu in contender.timings)
+        losses = contender.end()
+    assert len(contender.timings) == 2 and all(min(timing) > 0 for timing in contender.timings)
     assert len(losses) == 3 and losses[0] == pytest.approx(math.log(2), abs=1e-3)
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     impossible = dataclasses.replace(setting, max_length=5)
     with (
-        pytest.raises(SystemExit, match="dppo fp32 ended with status 1"),
-        _Contender.started(impossible, "dppo fp32", 1),
+        pytest.raises(SystemExit, match="own ended with status 1"),
+        started("own", _command(impossible, "dppo fp32", 1), as_dppo_has_it()),
     ):
         pass
     assert "raise --max-length" in capfd.readouterr().err
+
+
+def test_a_step_is_compared_with_both_padded_ones(tmp_path: Path) -> None:
+    rows = steps.step(Setting("tiny", None, 100, str(tmp_path), batch_size=2, precisions=("fp32",)), 1)
+    padded, textbook = "padded, with reference", "textbook, with reference"
+    assert [(row.name, row.first, row.second) for row in rows] == [
+        (f"step, {n_answers} answers", "packed fp32", beside) for n_answers in (2, 3) for beside in (padded, textbook)
+    ]
+    assert all("GFLOP/s in fp32" in row.note for row in rows)
 
 
 def test_the_table_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
