@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from dppo.attention import Kernel
     from dppo.loop import ScorerOf
 
-# The share of the free memory that an estimate may take. The C library keeps freed pieces below 32 MiB: resident
+# The share of the free memory that an estimate may take. The C library keeps freed pieces (dppo.allocator): resident
 # memory was 1.2 (135M weights) to 2.0 times (small models) the tensors'. CUDA's allocator rounds up and splits.
 _USABLE = {"cpu": 0.7, "cuda": 0.9}
 # NF4 with double quantisation: 4 bits, an 8-bit constant for 64 weights and a 32-bit one for 256 of those.
