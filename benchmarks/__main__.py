@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = Setting.of(chosen)
     rows: list[Row] = []
     for name in chosen.only:
-        with freed_memory_is_kept():  # as python -m dppo does, again
+        with freed_memory_is_kept():  # as python -m dppo does, too
             made = HERE[name](chosen.rounds) if name in HERE else ON_A_MODEL[name](setting, chosen.rounds)
         print(f"\n{name}" + ("" if name in HERE else f": {setting.words}"), flush=True)
         print(_table(made), flush=True)

@@ -155,7 +155,7 @@ def _step(
     from dppo.types import LossContext
 
     model = experiment(setting).model.load_model(0).train()
-    scorer: Any = ResponseScorer(model, packing) if packing != "textbook" else _Textbook(model)
+    scorer: Any = ResponseScorer(model, packing) if packing != _SCRIPT else _Textbook(model)
     if compiles:
         scorer.compile_layers()
     batch = collate(list(drawn))
@@ -233,9 +233,8 @@ def peak(precisions: Sequence[str]) -> dict[str, float]:
     import torch
 
     found = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        if name not in precisions:
-            continue
+    for name in precisions:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
         one = torch.randn(2048, 2048).to(dtype)
         other = torch.randn(2048, 2048).to(dtype)
         one @ other

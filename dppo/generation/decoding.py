@@ -174,9 +174,8 @@ class Rows:
             token_ids, mask, positions = (whole[taken, own] for whole in (self._token_ids, self._mask, self._positions))
             found.append(self._pass(token_ids, mask, positions, caches[-1]))
         places = torch.tensor([place for part in parts for place in part], device=self.device)
-        order = places.argsort()
-        self._cache = joined(caches, order)
-        return torch.cat(found)[order]
+        self._cache = joined(caches, places)
+        return torch.cat(found)[places.argsort()]
 
     def _pass(self, token_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         output = self._model(

@@ -28,11 +28,11 @@ def can_be_joined(cache: DynamicCache) -> bool:
     return all(type(layer) is RoomyLayer for layer in cache.layers)
 
 
-def joined(caches: Sequence[DynamicCache], order: Tensor) -> DynamicCache:
-    """One cache of the rows of several, each padded on the left to the longest; row ``order[i]`` becomes row i."""
+def joined(caches: Sequence[DynamicCache], places: Tensor) -> DynamicCache:
+    """One cache of the rows of several, each padded on the left to the longest; row i becomes row ``places[i]``."""
     whole = caches[0]
     for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
-        layer.join(others, order)
+        layer.join(others, places)
     return whole
 
 
@@ -75,19 +75,18 @@ class RoomyLayer(DynamicLayer):
         self._buffers = selected
         self._show(n_tokens)
 
-    def join(self, others: Sequence[RoomyLayer], order: Tensor) -> None:
-        """Take the rows of other layers behind its own, then go on with all of them in this order."""
+    def join(self, others: Sequence[RoomyLayer], places: Tensor) -> None:
+        """Go on with its own rows and those of other layers behind them, each at its place of these."""
         parts = [(layer.get_seq_length(), layer._buffers) for layer in (self, *others)]
         if self._buffers is None:  # a layer that uses the states of another one
             return
         n_tokens = max(n_own for n_own, _ in parts)
-        row_of = order.argsort()  # of each row as it stands
-        whole = tuple(_roomy(old, len(order), old.shape[1], n_tokens) for old in self._buffers)
+        whole = tuple(_roomy(old, len(places), old.shape[1], n_tokens) for old in self._buffers)
         first = 0
         for n_own, buffers in parts:
             assert buffers is not None  # the same layer of the same model
             n_rows = len(buffers[0])
-            into = row_of[first : first + n_rows]
+            into = places[first : first + n_rows]
             for buffer, old in zip(whole, buffers, strict=True):
                 buffer[into, :, n_tokens - n_own : n_tokens] = old[:, :, :n_own]
                 # No attention is paid to padding, but nothing times what is not a number is not a number.

@@ -50,12 +50,13 @@ def linear_weights_packed(model: nn.Module) -> Iterator[None]:
     For a few rows at a time that is up to three times as fast as a matrix product with the weight as it is, and as
     fast for hundreds; it rounds differently. Not for gradients. Weights above 4 GiB together stay as they are.
     """
-    found = [module for module in model.modules() if isinstance(module, nn.Linear) and _can_be_packed(module)]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)] if _onednn_packs() else []
+    found = [module for module in linear if _can_be_packed(module)]
     # Several layers may share a weight.
     weights = {id(module.weight): module.weight.detach() for module in found}
     if sum(weight.numel() * weight.element_size() for weight in weights.values()) > _MOST_PACKED:
-        found = []
-    packed = {key: torch.ops.mkldnn._reorder_linear_weight(weights[key]) for key in {id(one.weight) for one in found}}
+        found, weights = [], {}
+    packed = {key: torch.ops.mkldnn._reorder_linear_weight(weight) for key, weight in weights.items()}
     try:
         for module in found:
             setattr(module, "forward", _times(packed[id(module.weight)], module.bias))  # noqa: B010
@@ -72,7 +73,6 @@ def _can_be_packed(module: nn.Linear) -> bool:
         and module.weight.device.type == "cpu"
         and module.weight.numel() > 0
         and "forward" not in vars(module)  # somebody else has put his own there
-        and _onednn_packs()
     )
 
 
