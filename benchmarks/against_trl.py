@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import Row, Timing, compared, now, since
 from benchmarks.setting import SEED, Setting, encoder_of, experiment, in_order
-from benchmarks.turns import as_dppo_has_it, as_scripts_have_it, started, tell, wait
+from benchmarks.turns import all_started, as_dppo_has_it, as_scripts_have_it, tell, wait
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,12 +56,8 @@ def _steps_in_turn(setting: Setting, name: str, rounds: int) -> tuple[dict[str, 
     All train the same model from the same weights, each in a process of its own that has what its own command would
     give it; they stand still while it is not their turn.
     """
-    with contextlib.ExitStack() as stack:
-        # One after the other: the first step, which is the warm-up, has the machine to itself as well.
-        contenders = [
-            stack.enter_context(started(one, _command(setting, one, rounds), _environment(one)))
-            for one in (name, *_own(setting))
-        ]
+    names = (name, *_own(setting))
+    with all_started([(one, _command(setting, one, rounds), _environment(one)) for one in names]) as contenders:
         for _ in range(rounds):
             for one in contenders:
                 one.step()

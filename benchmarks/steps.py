@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import Row, alternate, compared, now, since
 from benchmarks.setting import PRECISIONS, Setting, examples, experiment, with_third
-from benchmarks.turns import as_dppo_has_it, as_scripts_have_it, started, take_turns
+from benchmarks.turns import all_started, as_dppo_has_it, as_scripts_have_it, take_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,17 +37,15 @@ def step(setting: Setting, rounds: int) -> list[Row]:
     own = [f"packed {precision}" for precision in setting.precisions]
     for n_answers in (2, 3):
         peaks = []
-        with contextlib.ExitStack() as stack:
-            contenders = [
-                stack.enter_context(
-                    started(
-                        name,
-                        ["benchmarks.steps", "--of", name, "--answers", str(n_answers), *setting.options],
-                        as_scripts_have_it() if name == _SCRIPT else as_dppo_has_it(),
-                    )
-                )
-                for name in (*own, "padded", _SCRIPT)
-            ]
+        commands = [
+            (
+                name,
+                ["benchmarks.steps", "--of", name, "--answers", str(n_answers), *setting.options],
+                as_scripts_have_it() if name == _SCRIPT else as_dppo_has_it(),
+            )
+            for name in (*own, "padded", _SCRIPT)
+        ]
+        with all_started(commands) as contenders:
             for _ in range(rounds):
                 peaks.append(peak(setting.precisions))  # in every round, because a machine's speed drifts
                 for one in contenders:

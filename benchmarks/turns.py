@@ -74,6 +74,13 @@ def started(name: str, module: Sequence[str], environment: Mapping[str, str]) ->
             process.kill()
 
 
+@contextlib.contextmanager
+def all_started(contenders: Sequence[tuple[str, Sequence[str], Mapping[str, str]]]) -> Iterator[list[Contender]]:
+    """One after the other, so that each has the machine to itself in its warm-up too."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(started(*one)) for one in contenders]
+
+
 # --- in the contender's process --------------------------------------------------------------------------------------
 
 

@@ -63,7 +63,7 @@ def linear_weights_packed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in found:
-            del module.forward  # the class's own is behind it
+            vars(module).pop("forward", None)  # the class's own is behind it; a signal may come before all are set
 
 
 def _can_be_packed(module: nn.Linear) -> bool:
